@@ -1,0 +1,351 @@
+"""``nemo-lite check``: a recipe resolved, and what it asks for: parameters, FLOPs per token, memory a rank needs.
+
+Everything is counted from the shapes, so that a 120 B recipe is checked in a moment on a laptop.
+
+FLOPs of one token, forward (a multiply and an add are two):
+
+- every matrix product: 2 x active weights (chosen experts only; the embedding lookup is free);
+- convolution: 2 x channels x width;
+- attention, causal: 2 products x 2 x heads x head_dim x seq_len / 2;
+- SSD scan, chunks of c: 2 G c N (scores, per group) + 2 H c P (scores times x) + 4 H P N (state in, state out);
+- MTP: each of the `depth` runs costs its projection, its block and the output head once more.
+
+Training counts three times the forward: the backward makes two products for each one. Recomputation is not counted,
+so that a share of peak computed from these figures is of useful work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from typing import Any
+
+from nemo_lite.config import ModelConfig, Recipe, RecipeError, check_world_size, load_recipe, recipe_to_yaml
+
+KINDS = {"M": "Mamba-2", "*": "attention", "E": "MoE", "-": "MLP"}
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+
+
+# ----------------------------------------------------------------------------------------------------------- parameters
+
+
+def layer_parameters(config: ModelConfig, kind: str) -> dict[str, int]:
+    """``total``, ``active`` (chosen experts only) and ``matmul`` (active weights in matrix products) of one layer.
+
+    The pre-norm is counted with its layer; so is the expert bias, a buffer that checkpoints hold.
+    """
+    H = config.hidden_size
+    vectors, matmul, idle = H, 0, 0  # the pre-norm; `idle`: weights of the experts a token does not choose
+    if kind == "M":
+        inner, channels = config.mamba_inner, config.mamba_inner + 2 * config.mamba_groups_state
+        matmul = H * (inner + channels + config.mamba_num_heads) + inner * H
+        vectors += channels * (config.conv_kernel + 1) + 3 * config.mamba_num_heads + inner
+    elif kind == "*":
+        matmul = 2 * H * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    elif kind == "E":
+        expert = 2 * config.expert_size * config.moe_intermediate_size
+        latent = 2 * H * config.moe_latent_size if config.moe_latent_size else 0
+        shared = 2 * H * config.moe_shared_expert_intermediate_size * config.n_shared_experts
+        matmul = config.n_routed_experts * H + latent + shared + config.num_experts_per_tok * expert
+        idle = (config.n_routed_experts - config.num_experts_per_tok) * expert
+        vectors += config.n_routed_experts
+    else:
+        matmul = 2 * H * config.intermediate_size
+    return {"total": matmul + vectors + idle, "active": matmul + vectors, "matmul": matmul}
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, Any]:
+    """Exact parameter counts from the shapes.
+
+    ``total`` and the three ``active...`` are the trunk's: all its matrices, embedding and head included; what one token
+    uses, counting the whole embedding matrix, only the head, or neither. ``mtp`` stands apart (``total``, ``active`` of
+    one run; embedding and head are the trunk's). A tied head is counted once, as the head.
+    """
+    table = config.vocab_size * config.hidden_size
+    embedding = 0 if config.tie_word_embeddings else table
+
+    def layers(letters: str) -> dict[str, dict[str, int]]:
+        found = {}
+        for kind in KINDS:
+            if count := letters.count(kind):
+                one = layer_parameters(config, kind)
+                found[kind] = {"layers": count} | {name: count * one[name] for name in ("total", "active")}
+        return found
+
+    trunk, block = layers(config.layers), layers(config.mtp_layers)
+    used = sum(part["active"] for part in trunk.values()) + config.hidden_size
+    total = embedding + sum(part["total"] for part in trunk.values()) + config.hidden_size + table
+    mtp = {"total": 0, "active": 0, "projection_and_norms": 0, "layers": block}
+    if block:
+        # eh_proj, and the norms enorm, hnorm and final_layernorm
+        mtp["projection_and_norms"] = around = 2 * config.hidden_size**2 + 3 * config.hidden_size
+        for name in ("total", "active"):
+            mtp[name] = around + sum(part[name] for part in block.values())
+    return {
+        "embedding": embedding,
+        "layers": trunk,
+        "final_norm": config.hidden_size,
+        "head": table,
+        "total": total,
+        "active": used + embedding + table,
+        "active_without_embedding": used + table,
+        "active_layers_only": used,
+        "mtp": mtp,
+        "total_with_mtp": total + mtp["total"],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def _layer_flops(config: ModelConfig, kind: str, seq_len: int) -> int:
+    flops = 2 * layer_parameters(config, kind)["matmul"]
+    if kind == "M":
+        H, P, N, G = config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size, config.n_groups
+        c = min(config.chunk_size, seq_len)
+        flops += 2 * (config.mamba_inner + 2 * config.mamba_groups_state) * config.conv_kernel
+        flops += 2 * G * c * N + 2 * H * c * P + 4 * H * P * N
+    elif kind == "*":
+        flops += 2 * config.num_attention_heads * config.head_dim * seq_len
+    return flops
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> dict[str, Any]:
+    """FLOPs of one token in a row of ``seq_len``: ``parts`` (forward, by part), ``forward``, ``train``; see the top.
+
+    ``forward`` is the trunk and its head; ``train`` is 3 x (forward + all MTP runs).
+    """
+    parts = {
+        KINDS[kind]: config.layers.count(kind) * _layer_flops(config, kind, seq_len)
+        for kind in KINDS
+        if kind in config.layers
+    }
+    parts["head"] = head = 2 * config.vocab_size * config.hidden_size
+    forward, mtp = sum(parts.values()), 0
+    if config.mtp_layers:
+        block = sum(_layer_flops(config, kind, seq_len) for kind in config.mtp_layers)
+        mtp = config.mtp.depth * (4 * config.hidden_size**2 + block + head)
+    return {"parts": parts, "forward": forward, "mtp": mtp, "train": 3 * (forward + mtp)}
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def _layer_activations(config: ModelConfig, kind: str, seq_len: int, width: int) -> int:
+    """Bytes one token leaves for a layer's backward: ``width`` a number, 4 or more where the layer computes in fp32."""
+    full = max(4, width)
+    kept = 2 * width * config.hidden_size  # the residual stream before the norm, and the normed input
+    if kind == "M":
+        H, P, N, G = config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size, config.n_groups
+        inner, channels, c = config.mamba_inner, config.mamba_inner + 2 * G * N, min(config.chunk_size, seq_len)
+        kept += width * (inner + 2 * channels + H)  # z, the convolution's input and output, dt
+        kept += full * (channels + G * c + 2 * H * c + 2 * H * P * N // c)  # the scan's inputs, scores, decays, states
+        kept += full * inner + 2 * width * inner  # y, gated and normed
+    elif kind == "*":
+        kept += (
+            2 * width * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
+        )  # q, k, v, output
+    elif kind == "E":
+        each = 2 * config.expert_size + 2 * config.moe_intermediate_size  # in, hidden, its square, out
+        kept += full * 3 * config.n_routed_experts + width * config.num_experts_per_tok * each
+        kept += width * (2 * config.moe_latent_size if config.moe_latent_size else 0)
+        kept += width * 2 * config.moe_shared_expert_intermediate_size * config.n_shared_experts
+    else:
+        kept += width * 2 * config.intermediate_size
+    return kept
+
+
+def memory_per_rank(recipe: Recipe, world_size: int = 1) -> dict[str, int]:
+    """Bytes one of ``world_size`` ranks needs, by part, and their ``total``.
+
+    Exact: ``weights``, ``gradients`` and ``optimizer`` (two AdamW moments), each parameters / world_size in float32
+    (float64 where train.dtype is). Estimates: ``gathered``, what FSDP2 holds whole (two of the largest layers, or the
+    model without reshard_after_forward, in train.dtype; nothing on one rank in full precision);
+    ``activations``, tokens of a micro batch x bytes a layer keeps for its backward (with recompute, each layer's input
+    and the largest layer); ``logits``, one chunk of the loss with its gradient in float32.
+    """
+    config, train = recipe.model, recipe.train
+    counts, width = parameter_counts(config), _BYTES[train.dtype]
+    master = max(4, width)
+    mine = -(-counts["total_with_mtp"] // world_size)
+    letters = config.layers + config.mtp_layers
+    gathered = 0
+    if world_size > 1 or width < master:
+        layers = sorted(layer_parameters(config, kind)["total"] for kind in letters)
+        held = sum(layers[-2:]) if recipe.parallel.reshard_after_forward else counts["total_with_mtp"]
+        gathered = width * held
+    tokens = train.micro_batch_size * recipe.data.seq_len
+    runs = config.layers + config.mtp_layers * config.mtp.depth
+    each = {kind: _layer_activations(config, kind, recipe.data.seq_len, width) for kind in set(runs)}
+    if train.recompute == "full":
+        kept = len(runs) * width * config.hidden_size + max(each.values())
+    else:
+        kept = sum(each[kind] for kind in runs)
+    depths = config.mtp.depth if config.mtp_layers else 0
+    kept += width * config.hidden_size * (2 + 5 * depths)  # final norm; enorm, hnorm, their concatenation, final norm
+    memory = {
+        "weights": mine * master,
+        "gradients": mine * master,
+        "optimizer": 2 * mine * master,
+        "gathered": gathered,
+        "activations": tokens * kept,
+        "logits": 2 * max(4, width) * min(train.loss_chunk, tokens) * config.vocab_size,
+    }
+    return memory | {"total": sum(memory.values())}
+
+
+# -------------------------------------------------------------------------------------------------------------- command
+
+
+def facts(recipe: Recipe, world_size: int = 1) -> dict[str, Any]:
+    """What ``check --json`` prints: ``recipe``, ``parameters``, ``flops_per_token``, ``memory``, ``world_size``."""
+    return {
+        "recipe": _plain(dataclasses.asdict(recipe)),
+        "parameters": parameter_counts(recipe.model),
+        "flops_per_token": flops_per_token(recipe.model, recipe.data.seq_len),
+        "memory": memory_per_rank(recipe, world_size),
+        "world_size": world_size,
+        "tokens_per_step": recipe.train.global_batch_size * recipe.data.seq_len,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A tree as strict JSON can hold it: infinity as the word."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+
+def short(count: float, units: tuple[str, ...] = ("", "K", "M", "G", "T")) -> str:
+    """A number with two decimals and a unit, e.g. ``12.23 B``."""
+    step = 0
+    while abs(count) >= 1000 and step < len(units) - 1:
+        count, step = count / 1000, step + 1
+    return f"{count:.2f} {units[step]}" if step else f"{count:.0f}"
+
+
+_COUNT = ("", "K", "M", "B", "T")
+
+
+def _show(recipe: Recipe, world_size: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    counts = parameter_counts(recipe.model)
+    flops = flops_per_token(recipe.model, recipe.data.seq_len)
+    memory = memory_per_rank(recipe, world_size)
+    mtp = counts["mtp"]
+
+    def table(title: str, *columns: str, notes: bool = False) -> Table:
+        made = Table(
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            box=None,
+            pad_edge=False,
+            padding=(0, 3, 0, 0),
+            show_header=any(columns),
+        )
+        for i, column in enumerate(columns):
+            left = i == 0 or (notes and i == len(columns) - 1)
+            made.add_column(column, justify="left" if left else "right", no_wrap=True)
+        return made
+
+    def exact(count: int) -> str:
+        return f"{count:,}"
+
+    print(recipe_to_yaml(recipe))
+    parts = table("Parameters by part", "", "layers", "total", "active", "")
+    parts.add_row(
+        "embedding", "", exact(counts["embedding"]), exact(counts["embedding"]), short(counts["embedding"], _COUNT)
+    )
+    for kind, part in counts["layers"].items():
+        parts.add_row(
+            f"{kind}  {KINDS[kind]}",
+            str(part["layers"]),
+            exact(part["total"]),
+            exact(part["active"]),
+            short(part["total"], _COUNT),
+        )
+    parts.add_row("final norm", "", exact(counts["final_norm"]), exact(counts["final_norm"]), "")
+    parts.add_row("head", "", exact(counts["head"]), exact(counts["head"]), short(counts["head"], _COUNT))
+    if mtp["total"]:
+        block = recipe.model.mtp.pattern
+        parts.add_row(f"MTP block {block}", "", exact(mtp["total"]), exact(mtp["active"]), short(mtp["total"], _COUNT))
+    console.print(parts)
+    console.print()
+
+    sums = table("Parameters in all", "", "", "")
+    rows = [
+        ("trunk, total", counts["total"]),
+        ("trunk, active, embedding and head counted", counts["active"]),
+        ("trunk, active, head counted", counts["active_without_embedding"]),
+        ("trunk, active, layers only", counts["active_layers_only"]),
+    ]
+    if mtp["total"]:
+        rows += [("MTP apart, total", mtp["total"]), ("MTP apart, active, each run", mtp["active"])]
+    for name, count in rows:
+        sums.add_row(name, exact(count), short(count, _COUNT))
+    console.print(sums)
+    console.print()
+
+    work = table(f"FLOPs of a token, rows of {recipe.data.seq_len}", "", "", "")
+    for name, count in flops["parts"].items():
+        work.add_row(f"forward, {name}", short(count), f"{count / flops['forward']:.0%}")
+    work.add_row("forward", short(flops["forward"]), "")
+    if flops["mtp"]:
+        work.add_row(f"forward, MTP run {recipe.model.mtp.depth} times", short(flops["mtp"]), "")
+    work.add_row("training, 3 x forward and MTP", short(flops["train"]), "")
+    work.add_row(
+        f"training, a step of {exact(recipe.train.global_batch_size * recipe.data.seq_len)} tokens",
+        short(
+            flops["train"] * recipe.train.global_batch_size * recipe.data.seq_len, ("", "K", "M", "G", "T", "P", "E")
+        ),
+        "",
+    )
+    console.print(work)
+    console.print()
+
+    ranks = "the only rank" if world_size == 1 else f"each of {world_size} ranks"
+    needs = table(f"Memory of {ranks}", "", "GiB", "", notes=True)
+    notes = {
+        "weights": "master copy, sharded",
+        "gradients": "sharded",
+        "optimizer": "two AdamW moments, sharded",
+        "gathered": f"layers whole in {recipe.train.dtype}, estimate",
+        "activations": f"{recipe.train.micro_batch_size} x {recipe.data.seq_len} tokens, estimate",
+        "logits": "one chunk of the loss, estimate",
+        "total": "",
+    }
+    for name, size in memory.items():
+        needs.add_row(name, f"{size / 2**30:,.3f}", notes[name])
+    console.print(needs)
+
+
+def main(argv: list[str]) -> int:
+    """``nemo-lite check RECIPE [key=value ...] [--json] [--world-size N]``."""
+    parser = argparse.ArgumentParser(
+        prog="nemo-lite check",
+        description="Resolve a recipe and print it with its parameters, FLOPs per token and the memory a rank needs. "
+        "Nothing is allocated.",
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe in YAML")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys to set, such as train.steps=100")
+    parser.add_argument("--json", action="store_true", help="print the same facts as one JSON object")
+    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks that share the work (default 1)")
+    arguments = parser.parse_intermixed_args(argv)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    try:
+        check_world_size(recipe, arguments.world_size)
+    except RecipeError as error:
+        raise RecipeError(f"{arguments.recipe}: {error}") from None
+    if arguments.json:
+        print(json.dumps(facts(recipe, arguments.world_size), indent=2))
+    else:
+        _show(recipe, arguments.world_size)
+    return 0

@@ -1,0 +1,760 @@
+"""The recipe: typed dataclasses <- YAML <- ``key=value`` overrides.
+
+Every key is a dataclass field made with :func:`key`, which carries its meaning, unit and bounds; the loader, the error
+sentences and docs/recipes.md are all derived from these fields.
+"""
+
+# ruff: noqa: RUF009  (key() returns a dataclass field)
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import operator
+import os
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from nemo_lite import pattern as patterns
+
+
+class UserError(ValueError):
+    """What a person can put right; commands print the message, one sentence, and exit 1 without a traceback."""
+
+
+class RecipeError(UserError):
+    """A recipe that cannot run; the message is one sentence naming file, key and what would be right."""
+
+
+def key(default: Any = dataclasses.MISSING, doc: str = "", unit: str = "", **bounds: Any) -> Any:
+    """A recipe key: default (or a factory), meaning, unit, and bounds ``ge``, ``gt``, ``le``, ``lt``."""
+    metadata = {"doc": doc, "unit": unit, **bounds}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# ---------------------------------------------------------------------------------------------------------- the model
+
+
+@dataclass
+class MTPConfig:
+    """Multi-token prediction: one shared-weight block, run `depth` times in training."""
+
+    pattern: str = key("", "layers of the MTP block, such as `*E`; empty for no MTP")
+    depth: int = key(2, "how many tokens beyond the next one are predicted in training", "tokens", ge=1)
+    loss_weight: float = key(0.3, "weight of the mean MTP loss", ge=0)
+
+
+@dataclass
+class ModelConfig:
+    """Sizes of a hybrid stack, under the names of the Hugging Face NemotronH config."""
+
+    pattern: str = key("MEM*E", "one letter a layer: M Mamba-2, * attention, E MoE, - MLP; | cuts pipeline stages")
+    vocab_size: int = key(260, "rows of the embedding and of the output head", "tokens", ge=1)
+    hidden_size: int = key(64, "width of the residual stream", ge=1)
+    layer_norm_epsilon: float = key(1e-5, "epsilon of every RMSNorm", gt=0)
+    tie_word_embeddings: bool = key(False, "use the embedding matrix as output head")
+    initializer_range: float = key(0.014, "standard deviation of the initial weights", gt=0)
+    max_position_embeddings: int = key(8192, "context length written into the exported config", "tokens", ge=1)
+
+    num_attention_heads: int = key(4, "query heads", ge=1)
+    num_key_value_heads: int = key(2, "key/value heads; divides num_attention_heads", ge=1)
+    head_dim: int = key(16, "size of an attention head", ge=1)
+
+    mamba_num_heads: int = key(8, "Mamba-2 heads; inner size = heads x mamba_head_dim", ge=1)
+    mamba_head_dim: int = key(16, "size of a Mamba-2 head", ge=1)
+    ssm_state_size: int = key(16, "state size N of a Mamba-2 head", ge=1)
+    n_groups: int = key(2, "groups of heads that share B and C; divides mamba_num_heads", ge=1)
+    conv_kernel: int = key(4, "width of the causal convolution", "tokens", ge=2)
+    chunk_size: int = key(128, "chunk of the SSD scan", "tokens", ge=1)
+    time_step_min: float = key(0.001, "smallest dt at initialisation", gt=0)
+    time_step_max: float = key(0.1, "largest dt at initialisation", gt=0)
+    time_step_floor: float = key(1e-4, "floor of dt at initialisation", gt=0)
+    time_step_limit: list[float] = key(lambda: [0.0, math.inf], "dt is clamped to this interval in forward")
+
+    intermediate_size: int = key(128, "inner size of a dense MLP layer (-)", ge=1)
+
+    n_routed_experts: int = key(8, "routed experts of an E layer", ge=1)
+    num_experts_per_tok: int = key(2, "experts chosen for a token (top-k)", ge=1)
+    moe_intermediate_size: int = key(64, "inner size of a routed expert", ge=1)
+    moe_latent_size: int | None = key(None, "latent size the routed experts work in; null for plain MoE", ge=1)
+    n_shared_experts: int = key(1, "shared experts (0 or 1)", ge=0, le=1)
+    moe_shared_expert_intermediate_size: int = key(128, "inner size of the shared expert", ge=1)
+    n_group: int = key(1, "router groups; the best topk_group of them stay eligible", ge=1)
+    topk_group: int = key(1, "router groups that stay eligible", ge=1)
+    norm_topk_prob: bool = key(True, "divide the chosen scores by their sum")
+    routed_scaling_factor: float = key(1.0, "factor on the routed experts' weights", gt=0)
+    router_aux_loss_coef: float = key(1e-4, "coefficient of the sequence-level balance loss", ge=0)
+    router_bias_update_rate: float = key(1e-3, "step of the expert-bias update after each optimizer step", ge=0)
+
+    mtp: MTPConfig = key(MTPConfig, "multi-token prediction")
+
+    bos_token_id: int | None = key(None, "beginning-of-text id written into the exported config", ge=0)
+    eos_token_id: int | None = key(None, "end-of-text id written into the exported config", ge=0)
+    pad_token_id: int | None = key(None, "padding id written into the exported config", ge=0)
+
+    # Derived sizes, so that no part computes them twice.
+    @property
+    def layers(self) -> str:
+        """Layer letters of the trunk, without pipeline cuts."""
+        return patterns.parse(self.pattern)
+
+    @property
+    def mtp_layers(self) -> str:
+        """Layer letters of the MTP block; empty without MTP."""
+        return patterns.parse(self.mtp.pattern) if self.mtp.pattern else ""
+
+    @property
+    def mamba_inner(self) -> int:
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def mamba_groups_state(self) -> int:
+        """Channels of B (and of C)."""
+        return self.n_groups * self.ssm_state_size
+
+    @property
+    def expert_size(self) -> int:
+        """Width the routed experts read and write."""
+        return self.moe_latent_size or self.hidden_size
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Impossible values and illegal pairs as (key, sentence); empty when the model can be built."""
+        found: list[tuple[str, str]] = []
+
+        def refuse(condition: bool, name: str, sentence: str) -> None:
+            if condition:
+                found.append((name, sentence))
+
+        for name, text in (("pattern", self.pattern), ("mtp.pattern", self.mtp.pattern)):
+            try:
+                if text or name == "pattern":
+                    patterns.parse(text)
+            except patterns.PatternError as error:
+                found.append((name, str(error)))
+        refuse("|" in self.mtp.pattern, "mtp.pattern", "the MTP block cannot be cut into pipeline stages; remove |")
+        refuse(
+            self.num_attention_heads % self.num_key_value_heads != 0,
+            "num_key_value_heads",
+            f"{self.num_key_value_heads} does not divide num_attention_heads = {self.num_attention_heads}",
+        )
+        refuse(
+            self.mamba_num_heads % self.n_groups != 0,
+            "n_groups",
+            f"{self.n_groups} does not divide mamba_num_heads = {self.mamba_num_heads}",
+        )
+        refuse(
+            self.num_experts_per_tok > self.n_routed_experts,
+            "num_experts_per_tok",
+            f"{self.num_experts_per_tok} experts cannot be chosen from n_routed_experts = {self.n_routed_experts}",
+        )
+        refuse(
+            self.n_routed_experts % self.n_group != 0,
+            "n_group",
+            f"{self.n_group} does not divide n_routed_experts = {self.n_routed_experts}",
+        )
+        refuse(self.topk_group > self.n_group, "topk_group", f"{self.topk_group} exceeds n_group = {self.n_group}")
+        if self.n_group > 1 and self.n_routed_experts % self.n_group == 0:
+            group = self.n_routed_experts // self.n_group
+            refuse(group < 2, "n_group", "a router group needs at least two experts, its score is a sum of two")
+            refuse(
+                self.num_experts_per_tok > group * min(self.topk_group, self.n_group),
+                "num_experts_per_tok",
+                f"{self.num_experts_per_tok} exceeds the {group * self.topk_group} experts of topk_group = "
+                f"{self.topk_group} groups",
+            )
+        low_high = list(self.time_step_limit)
+        refuse(
+            len(low_high) != 2 or not 0 <= low_high[0] < low_high[-1],
+            "time_step_limit",
+            f"{low_high} is no interval [low, high] with 0 <= low < high",
+        )
+        refuse(
+            self.time_step_min > self.time_step_max,
+            "time_step_min",
+            f"{self.time_step_min} exceeds time_step_max = {self.time_step_max}",
+        )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            refuse(
+                value is not None and value >= self.vocab_size,
+                name,
+                f"{value} is outside the vocabulary of {self.vocab_size}",
+            )
+        return found
+
+    def validate(self, where: str = "model") -> ModelConfig:
+        """Raise :class:`RecipeError` with the first problem; return self."""
+        for name, sentence in self.problems():
+            raise RecipeError(f"{where}.{name}: {sentence}")
+        return self
+
+
+# ------------------------------------------------------------------------------------------------- everything around it
+
+
+@dataclass
+class SourceConfig:
+    """One source of text in a blend."""
+
+    source: str = key(
+        "stdlib",
+        "`stdlib` (the Python standard library found here), a text/code file or folder, a .jsonl(.gz/.zst), a .parquet "
+        "file, or `hf:NAME` for a Hugging Face dataset",
+    )
+    weight: float = key(1.0, "share of tokens drawn from this source, relative to the other weights", gt=0)
+    include: list[str] = key(
+        lambda: ["*.py", "*.md", "*.rst", "*.txt"], "file names read from a folder, as shell patterns"
+    )
+    text_key: str = key("text", "field that holds the text (jsonl, parquet, hf)")
+    subset: str | None = key(None, "configuration name of a Hugging Face dataset")
+    split: str = key("train", "split of a Hugging Face dataset")
+
+
+@dataclass
+class DataConfig:
+    """What is read, how it is tokenised and packed."""
+
+    tokenizer: str = key("bytes", "`bytes`, or a tokenizer.json, or a folder that holds one")
+    seq_len: int = key(256, "length of a packed row", "tokens", ge=2)
+    blend: list[SourceConfig] = key(lambda: [SourceConfig()], "sources with weights")
+    validation_fraction: float = key(
+        0.02, "share of documents held out, chosen by content hash; of a single text file its end", ge=0, lt=1
+    )
+    append_eod: bool = key(True, "end every document with the end-of-document token")
+    train_on_eod: bool = key(True, "count the end-of-document token as a label")
+    on_bad_line: Literal["skip", "fail"] = key("fail", "a jsonl line that is not JSON: skip and count it, or stop")
+    shuffle: bool = key(True, "new document order every epoch, from the seed")
+    cache_dir: str = key("~/.cache/nemo_lite/tokens", "where tokenised sources are kept, keyed by their content")
+    prefetch: int = key(4, "global batches prepared ahead in the background", "batches", ge=0)
+
+
+@dataclass
+class TrainConfig:
+    """Batch, length, and what a step computes in."""
+
+    steps: int = key(100, "optimizer steps", "steps", ge=1)
+    global_batch_size: int = key(8, "rows in one optimizer step, over all ranks", "rows", ge=1)
+    micro_batch_size: int = key(8, "rows a rank computes at once", "rows", ge=1)
+    dtype: Literal["float32", "bfloat16", "float64"] = key(
+        "float32", "what activations and matrix products are computed in; master weights stay float32 (or float64)"
+    )
+    recompute: Literal["none", "full"] = key("none", "`full` keeps only each layer's input and recomputes the rest")
+    compile: bool = key(False, "torch.compile every layer; the first step takes minutes")
+    loss_chunk: int = key(1024, "tokens whose logits are held at once", "tokens", ge=1)
+    max_nonfinite: int = key(5, "steps in a row with a non-finite loss or gradient before the run stops", "steps", ge=1)
+    threads: int | None = key(None, "torch threads a process; null leaves torch's choice", ge=1)
+    device: Literal["auto", "cpu", "cuda"] = key("auto", "`auto` takes CUDA where there is one")
+
+
+@dataclass
+class EvalConfig:
+    """Validation on the held-out documents."""
+
+    every: int = key(0, "steps between validations; 0 for none", "steps", ge=0)
+    batches: int = key(4, "global batches in one validation", "batches", ge=1)
+
+
+@dataclass
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = key(1e-3, "peak learning rate", gt=0)
+    betas: list[float] = key(lambda: [0.9, 0.95], "decay rates of the two moments")
+    eps: float = key(1e-8, "epsilon", gt=0)
+    weight_decay: float = key(0.1, "weight decay; never on norms, biases, A_log, D, dt_bias", ge=0)
+    clip_grad: float = key(1.0, "largest global gradient norm; 0 for no clipping", ge=0)
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over the run."""
+
+    kind: Literal["wsd", "cosine", "constant"] = key("wsd", "warmup-stable-decay, warmup-cosine, or warmup-constant")
+    warmup_steps: int = key(0, "linear warmup", "steps", ge=0)
+    decay_steps: int = key(0, "last steps of `wsd` that decay", "steps", ge=0)
+    decay_shape: Literal["minus_sqrt", "linear", "cosine"] = key("minus_sqrt", "shape of the decay of `wsd`")
+    min_lr: float = key(0.0, "learning rate at the end of a decay", ge=0)
+
+
+@dataclass
+class ParallelConfig:
+    """Which engine places the weights."""
+
+    engine: Literal["native", "auto", "megatron"] = key(
+        "native", "`native` is FSDP2 under torchrun; `auto` picks the one that is installed"
+    )
+    reshard_after_forward: bool = key(True, "free a layer's gathered weights after its forward (FSDP2)")
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats beyond train.dtype."""
+
+    reduce_dtype: Literal["float32", "bfloat16"] = key("float32", "what gradients are summed over ranks in")
+
+
+@dataclass
+class KernelsConfig:
+    """Backend of each op: `auto`, or one by name; the table is in nemo_lite_kernels/__init__.py."""
+
+    ssd: str = key("auto", "chunked SSD scan")
+    conv: str = key("auto", "causal convolution")
+    attention: str = key("auto", "causal attention over packed documents")
+    experts: str = key("auto", "routed experts")
+    norm: str = key("auto", "RMSNorm and gated group RMSNorm")
+
+
+@dataclass
+class CheckpointConfig:
+    """Sharded, asynchronous, atomic checkpoints in RUN_DIR/checkpoints."""
+
+    every: int = key(0, "steps between checkpoints; the last step always saves; 0 for only the last", "steps", ge=0)
+    keep: int = key(3, "checkpoints kept; 0 keeps all", ge=0)
+    asynchronous: bool = key(True, "write in the background while training goes on")
+
+
+@dataclass
+class LogConfig:
+    """What is written while training; metrics.jsonl and report.html always are."""
+
+    every: int = key(10, "steps between log lines", "steps", ge=1)
+    tensorboard: bool = key(False, "write TensorBoard events to RUN_DIR/tensorboard")
+    wandb: str | None = key(None, "Weights & Biases project")
+    mlflow: str | None = key(None, "MLflow experiment")
+
+
+@dataclass
+class Recipe:
+    """A training run."""
+
+    run_dir: str | None = key(None, "where the run lives; null for runs/NAME-OF-RECIPE")
+    seed: int = key(0, "seed of initial weights and data order", ge=0)
+    init_from: str | None = key(None, "MODEL_DIR to start from; its config replaces `model`")
+    model: ModelConfig = key(ModelConfig, "the architecture")
+    data: DataConfig = key(DataConfig, "text in")
+    train: TrainConfig = key(TrainConfig, "batch and length")
+    eval: EvalConfig = key(EvalConfig, "validation")
+    optim: OptimConfig = key(OptimConfig, "optimizer")
+    schedule: ScheduleConfig = key(ScheduleConfig, "learning rate")
+    parallel: ParallelConfig = key(ParallelConfig, "engine")
+    precision: PrecisionConfig = key(PrecisionConfig, "number formats")
+    kernels: KernelsConfig = key(KernelsConfig, "op backends")
+    checkpoint: CheckpointConfig = key(CheckpointConfig, "saving")
+    log: LogConfig = key(LogConfig, "logging")
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Impossible values and illegal pairs as (full key, sentence); empty when the run can start.
+
+        The number of ranks is not known here: see :func:`check_world_size`.
+        """
+        found = [(f"model.{name}", sentence) for name, sentence in self.model.problems()]
+        if found:  # the checks below read the parsed pattern
+            return found
+
+        def refuse(condition: bool, name: str, sentence: str) -> None:
+            if condition:
+                found.append((name, sentence))
+
+        model, data, train, optim, schedule = self.model, self.data, self.train, self.optim, self.schedule
+        if "E" in model.layers + model.mtp_layers:
+            # The grouped GEMM wants rows of 16 bytes; in bfloat16 that is 8 numbers.
+            latent = "hidden_size" if model.moe_latent_size is None else "moe_latent_size"
+            for name in (latent, "moe_intermediate_size"):
+                size = getattr(model, name)
+                sentence = f"the experts' grouped GEMM takes multiples of 8, and {size} is none; {_multiples(size, 8)}"
+                refuse(size % 8 != 0, f"model.{name}", sentence)
+        refuse(not data.blend, "data.blend", "is empty; name at least one source, such as [{source: stdlib}]")
+        refuse(
+            bool(model.mtp_layers) and data.seq_len <= model.mtp.depth + 1,
+            "data.seq_len",
+            f"{data.seq_len} leaves no label for model.mtp.depth = {model.mtp.depth}; {model.mtp.depth + 2} would",
+        )
+        refuse(
+            train.global_batch_size % train.micro_batch_size != 0,
+            "train.global_batch_size",
+            f"{train.global_batch_size} is no multiple of train.micro_batch_size = {train.micro_batch_size}; "
+            f"{_multiples(train.global_batch_size, train.micro_batch_size)}",
+        )
+        decay = schedule.decay_steps if schedule.kind == "wsd" else 0
+        refuse(
+            schedule.warmup_steps + decay > train.steps,
+            "schedule.warmup_steps",
+            f"warmup_steps = {schedule.warmup_steps}"
+            + (f" and decay_steps = {decay} do" if decay else " does")
+            + f" not fit into train.steps = {train.steps}",
+        )
+        refuse(
+            schedule.min_lr > optim.lr, "schedule.min_lr", f"{schedule.min_lr} exceeds the peak, optim.lr = {optim.lr}"
+        )
+        refuse(
+            len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas),
+            "optim.betas",
+            f"{optim.betas} are not two numbers in [0, 1)",
+        )
+        refuse(
+            self.precision.reduce_dtype == "bfloat16" and train.dtype == "float64",
+            "precision.reduce_dtype",
+            "bfloat16 would undo train.dtype = float64; use float32, which then means float64",
+        )
+        refuse(
+            self.eval.every > 0 and data.validation_fraction == 0,
+            "eval.every",
+            "there is nothing to validate on with data.validation_fraction = 0; set it above 0, or eval.every to 0",
+        )
+        refuse(
+            self.parallel.engine == "megatron",
+            "parallel.engine",
+            "the megatron engine is not in this version; use native or auto",
+        )
+        asked = {op: backend for op, backend in vars(self.kernels).items() if backend != "auto"}
+        if asked:  # the table imports torch, so that it is read only when a backend is named
+            import nemo_lite_kernels
+
+            for op, backend in asked.items():
+                known = getattr(nemo_lite_kernels, "OPS", {}).get(op)
+                if known is not None:
+                    refuse(backend not in known, f"kernels.{op}", _not_one_of(backend, ["auto", *known]))
+        return found
+
+
+def check_world_size(recipe: Recipe, world_size: int) -> None:
+    """Raise :class:`RecipeError` when the global batch cannot be shared evenly by ``world_size`` ranks."""
+    batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    if world_size < 1:
+        raise RecipeError(f"{world_size} ranks cannot train; use at least 1")
+    if batch % (micro * world_size):
+        shares = batch // micro
+        legal = [n for n in range(1, shares + 1) if shares % n == 0]
+        ranks = [n for n in legal if n < world_size][-1:] + [n for n in legal if n > world_size][:1]
+        raise RecipeError(
+            f"train.global_batch_size: {batch} rows cannot be shared by {world_size} ranks in micro batches of "
+            f"{micro}; {_multiples(batch, micro * world_size)}, or use {' or '.join(map(str, ranks))} ranks"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- reading a recipe
+# OmegaConf merges, resolves ${interpolations} and builds the dataclasses. It accepts "3" for an int, names only the
+# leaf inside lists and knows no lines, so every file and every override is first checked against the types here.
+
+COMMAND_LINE = "command line"
+# With init_from the architecture is the directory's; these are choices of a run and stay free.
+FREE_WITH_INIT_FROM = ("mtp.depth", "mtp.loss_weight", "router_aux_loss_coef", "router_bias_update_rate")
+
+Say = Callable[[str, str], NoReturn]
+
+
+def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = (), *, resolved: bool = False) -> Recipe:
+    """The validated recipe of a YAML file (over its ``base:``, if any) with ``key=value`` overrides on top.
+
+    Lists replace each other between base and file; an override may name an element (``data.blend.0.weight=2``).
+    ``resolved`` reads a RUN_DIR's recipe.yaml, whose model is complete: ``init_from`` is then not opened again.
+    Raises :class:`RecipeError`: one sentence naming file and line (or the command line), the key, and what is right.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = Path(path)
+    origins: dict[str, str] = {}
+
+    def say(name: str, sentence: str) -> NoReturn:
+        inner = name
+        while inner and inner not in origins:
+            inner = re.sub(r"\.?[^.\[\]]+$|\[\d+\]$", "", inner)
+        raise RecipeError(f"{origins.get(inner, path)}: {name}: {sentence}")
+
+    layers, (tree, lines) = [], _read(path)
+    base = tree.pop("base", None)
+    origins.update(lines)
+    if base is not None:
+        if not isinstance(base, str):
+            say("base", f"needs the path of a recipe, got {_show(base)}")
+        below, origins_below = _read(path.parent / base, asked_by=f"{lines['base']}: base: ")
+        if "base" in below:
+            raise RecipeError(
+                f"{origins_below['base']}: base: a base cannot have a base itself ({path} inherits from this file)"
+            )
+        origins = origins_below
+        _check(below, Recipe, "", say)
+        layers.append(below)
+        origins = origins_below | lines
+    _check(tree, Recipe, "", say)
+    layers.append(tree)
+    try:
+        tree = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Recipe), *layers))
+        for text in overrides:
+            _override(tree, text, origins, say)
+            # Once more under the dataclasses, so that a new list's elements get their defaults.
+            tree = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Recipe), tree))
+        tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+        _check(tree, Recipe, "", say, final=True)
+        if tree["init_from"] and not resolved:
+            tree["model"] = _model_of(tree["init_from"], tree["model"], origins, say)
+        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), tree))
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        say(str(getattr(error, "full_key", None) or "?"), str(error).splitlines()[0])
+    recipe.run_dir = recipe.run_dir or f"runs/{path.stem}"
+    for name, sentence in recipe.problems():
+        say(name, sentence)
+    return recipe
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """Every key of ``recipe`` as YAML; :func:`load_recipe` reads back an equal recipe."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(recipe))
+
+
+def _read(path: Path, asked_by: str = "") -> tuple[dict, dict[str, str]]:
+    """One YAML file as a plain tree, and ``file:line`` of every key path in it."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    def lines(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
+        if isinstance(node, yaml.MappingNode):
+            for inner, value in node.value:
+                yield (full := _join(name, inner.value)), f"{path}:{inner.start_mark.line + 1}"
+                yield from lines(value, full)
+        elif isinstance(node, yaml.SequenceNode):
+            for i, value in enumerate(node.value):
+                yield f"{name}[{i}]", f"{path}:{value.start_mark.line + 1}"
+                yield from lines(value, f"{name}[{i}]")
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if isinstance(root, yaml.MappingNode):
+            tree = OmegaConf.to_container(OmegaConf.create(text))
+            return tree, dict(lines(root))
+    except FileNotFoundError:
+        raise RecipeError(f"{asked_by}{path}: no such file") from None
+    except OSError as error:
+        raise RecipeError(f"{asked_by}{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: is not a text file in UTF-8") from None
+    except yaml.YAMLError as error:
+        mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        hint = "; put a pattern that begins with * in quotes" if "alias" in reason else ""
+        line = f":{mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{line}: broken YAML: {' '.join(reason.split())}{hint}") from None
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"{path}: {getattr(error, 'full_key', '?')}: {str(error).splitlines()[0]}") from None
+    what = "is empty" if root is None else "is no mapping of keys to values"
+    raise RecipeError(f"{path}: {what}; a recipe holds sections such as model, data and train")
+
+
+def _check(value: Any, hint: Any, name: str, say: Say, bounds: Any = None, final: bool = False) -> None:
+    """Call ``say`` unless plain ``value`` has exactly the type ``hint`` and keeps the field's bounds.
+
+    An interpolation can only be judged when all is merged and resolved (``final``).
+    """
+    if value == "???":  # OmegaConf would read it as no value
+        say(name, "needs a value, got ???")
+    if isinstance(value, str) and "${" in value and not final:
+        return
+    if isinstance(hint, types.UnionType):  # X | None
+        if value is None:
+            return
+        hint = hint.__args__[0]
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            say(name, f"is a section with keys of its own, got {_show(value)}")
+        for inner, inner_value in value.items():
+            full = _join(name, str(inner))
+            if inner not in _hints(hint):
+                say(full, _no_such_key(hint, str(inner)))
+            _check(inner_value, _hints(hint)[inner], full, say, hint.__dataclass_fields__[inner].metadata, final)
+    elif typing.get_origin(hint) is list:
+        if not isinstance(value, list):
+            say(name, f"needs a list, got {_show(value)}")
+        for i, inner_value in enumerate(value):
+            _check(inner_value, typing.get_args(hint)[0], f"{name}[{i}]", say, None, final)
+    elif typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            say(name, _not_one_of(value, typing.get_args(hint)))
+    elif type(value) is not hint and not (hint is float and type(value) is int):
+        quote = "; put it in quotes" if hint is str and not isinstance(value, (dict, list, type(None))) else ""
+        say(name, f"needs {_KINDS[hint]}, got {_show(value)}{quote}")
+    elif hint is float and (math.isnan(float(value)) or (math.isinf(float(value)) and bounds is not None)):
+        say(name, f"needs a finite number, got {value}")
+    for sign, limit in _bounds(bounds or {}):
+        if not _COMPARE[sign](value, limit):
+            say(name, f"must be {sign} {limit}, got {value}")
+
+
+def _override(tree: dict, text: str, origins: dict[str, str], say: Say) -> None:
+    """Apply one ``a.b.0.c=value`` to the merged plain tree, in place."""
+    import yaml
+    from omegaconf import OmegaConf
+
+    key_text, equals, raw = text.partition("=")
+    steps = re.findall(r"[^.\[\]\s]+", key_text)
+    if not equals or not steps:
+        raise RecipeError(f"{COMMAND_LINE}: {text!r} is no override; write KEY=VALUE, such as train.steps=100")
+    if steps == ["base"]:
+        raise RecipeError(f"{COMMAND_LINE}: base: can only be set in the recipe file")
+    node: Any = tree
+    hint, name, bounds, parent, last = Recipe, "", None, tree, steps[0]
+    for step in steps:
+        parent, last = node, step
+        if dataclasses.is_dataclass(hint) and isinstance(node, dict):
+            full = _join(name, step)
+            if step not in _hints(hint):
+                raise RecipeError(f"{COMMAND_LINE}: {full}: {_no_such_key(hint, step)}")
+            bounds, hint = hint.__dataclass_fields__[step].metadata, _hints(hint)[step]
+        elif typing.get_origin(hint) is list and isinstance(node, list):
+            full = f"{name}[{step}]"
+            if not step.isdecimal() or int(step) >= len(node):
+                count = f"has {len(node)} elements, counted from 0" if node else "is empty"
+                raise RecipeError(f"{COMMAND_LINE}: {full}: no such element; {name} {count}")
+            bounds, hint, last = None, typing.get_args(hint)[0], int(step)
+        else:
+            raise RecipeError(f"{COMMAND_LINE}: {_join(name, step)}: no such key; {name} is a single value")
+        name, node = full, parent[last]
+    origins[name] = COMMAND_LINE
+    optional = isinstance(hint, types.UnionType)
+    kind = hint.__args__[0] if optional else hint
+    if kind is str or typing.get_origin(kind) is Literal:
+        # Taken as typed: a pattern such as *E or a name such as 2024 is not YAML here.
+        quoted = len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\""
+        value = None if optional and raw == "null" else raw[1:-1] if quoted else raw
+    else:
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"v={raw}"]))["v"]
+        except yaml.YAMLError:
+            raise RecipeError(f"{COMMAND_LINE}: {name}: {raw!r} is broken YAML") from None
+    _check(value, hint, name, say, bounds)
+    if isinstance(value, dict):  # a whole section: merged, as between files
+        origins.update({_join(name, inner): COMMAND_LINE for inner in value})
+        value = OmegaConf.to_container(OmegaConf.merge(node, value))
+    parent[last] = value
+
+
+def _model_of(folder: str, asked: dict, origins: dict[str, str], say: Say) -> dict:
+    """The model section of MODEL_DIR ``folder``; ``asked`` may differ from it only where a run is free to choose."""
+    from nemo_lite.model.hf import load_config
+
+    try:
+        model = dataclasses.asdict(load_config(folder))
+    except (OSError, ValueError) as error:
+        say("init_from", str(error))
+    for name in dict.fromkeys(name.split("[")[0] for name in origins if name.startswith("model.")):
+        *sections, leaf = name.split(".")[1:]
+        there, here = model, asked
+        for section in sections:
+            there, here = there[section], here[section]
+        if name.removeprefix("model.") in FREE_WITH_INIT_FROM:
+            there[leaf] = here[leaf]
+        elif not isinstance(here[leaf], dict) and here[leaf] != there[leaf]:
+            say(
+                name,
+                f"{_show(here[leaf])} contradicts init_from = {folder}, where it is {_show(there[leaf])}; with "
+                f"init_from only {', '.join(FREE_WITH_INIT_FROM)} of the model can be set",
+            )
+    return model
+
+
+# ------------------------------------------------------------------------------------------------- the keys themselves
+
+
+@dataclass(frozen=True)
+class RecipeKey:
+    """One key as docs and errors show it; lists of sections appear as ``data.blend[].source``."""
+
+    path: str
+    type: str
+    default: str
+    unit: str
+    bounds: str
+    doc: str
+
+
+def recipe_keys(section: Any = Recipe, prefix: str = "") -> list[RecipeKey]:
+    """Every key of a recipe, in the order of the dataclasses."""
+    keys: list[RecipeKey] = []
+    for item in dataclasses.fields(section):
+        hint, path = _hints(section)[item.name], _join(prefix, item.name)
+        if dataclasses.is_dataclass(hint):
+            keys += recipe_keys(hint, path)
+            continue
+        factory = item.default_factory
+        default = _plain(item.default if factory is dataclasses.MISSING else factory())
+        bounds = ", ".join(f"{sign} {limit}" for sign, limit in _bounds(item.metadata))
+        keys.append(RecipeKey(path, _type_name(hint), default, item.metadata["unit"], bounds, item.metadata["doc"]))
+        if typing.get_origin(hint) is list and dataclasses.is_dataclass(element := typing.get_args(hint)[0]):
+            keys += recipe_keys(element, f"{path}[]")
+    return keys
+
+
+_COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_hints = functools.cache(typing.get_type_hints)
+
+
+def _join(name: str, inner: str) -> str:
+    return f"{name}.{inner}" if name else inner
+
+
+def _bounds(metadata: Any) -> list[tuple[str, float]]:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    return [(sign, metadata[name]) for name, sign in signs.items() if name in metadata]
+
+
+def _multiples(size: int, of: int) -> str:
+    low = size // of * of
+    return f"{low} and {low + of} are the nearest" if low else f"{of} is the smallest"
+
+
+def _plain(value: Any) -> str:
+    """A default as one would write it in YAML."""
+    if isinstance(value, list):
+        return f"[{', '.join(_plain(item) for item in value)}]"
+    if isinstance(value, SourceConfig):
+        return f"{{source: {value.source}}}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return {"": '""', "inf": ".inf"}.get(str(value), str(value))
+
+
+def _show(value: Any) -> str:
+    """What was found, for a sentence."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    return repr(value) if isinstance(value, str) else _plain(value)
+
+
+def _type_name(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        return f"{_type_name(hint.__args__[0])} or null"
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        element = typing.get_args(hint)[0]
+        return "list of sources" if dataclasses.is_dataclass(element) else f"list of {_type_name(element)}"
+    return hint.__name__
+
+
+def _not_one_of(value: Any, allowed: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(value), allowed, 1)
+    return f"{_show(value)} is not one of {', '.join(allowed)}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _no_such_key(section: Any, name: str) -> str:
+    """What to say of an unknown key: a sibling that looks like it, else that name elsewhere, else the list."""
+    siblings = list(_hints(section))
+    near = difflib.get_close_matches(name, siblings, 1)
+    near = near or [key.path for key in recipe_keys() if key.path.split(".")[-1] == name][:3]
+    if near:
+        return f"no such key; did you mean {' or '.join(near)}?"
+    return f"no such key; the keys here are {', '.join(siblings)}"

@@ -1,0 +1,1 @@
+"""The model, part by part, and its Hugging Face form."""

@@ -1,0 +1,34 @@
+"""Grouped-query attention: causal, without positional embedding (the Mamba layers carry position), without biases.
+
+Shape letters: T tokens, B batch, L length, A query heads, K key/value heads, D head size.
+"""
+
+from torch import Tensor, nn
+
+from nemo_lite.config import ModelConfig
+from nemo_lite.model.context import Context
+from nemo_lite.parallel.layers import Layers
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layers: Layers, name: str):
+        super().__init__()
+        self.head_dim = config.head_dim
+        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = layers.column_linear(f"{name}.q_proj", config.hidden_size, q)
+        self.k_proj = layers.column_linear(f"{name}.k_proj", config.hidden_size, kv)
+        self.v_proj = layers.column_linear(f"{name}.v_proj", config.hidden_size, kv)
+        self.o_proj = layers.row_linear(f"{name}.o_proj", q, config.hidden_size)
+        self.attention, self.attention_cached = layers.ops.attention, layers.ops.attention_cached
+
+    def forward(self, x_TH: Tensor, ctx: Context, index: int = 0) -> tuple[Tensor, None]:
+        q_TAD, k_TKD, v_TKD = (
+            proj(x_TH).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if ctx.stream is None:
+            y_TAD = self.attention(q_TAD, k_TKD, v_TKD, ctx.lengths)
+        else:
+            q, k, v = (t.unflatten(0, (ctx.batch, ctx.length)) for t in (q_TAD, k_TKD, v_TKD))
+            keys, values = ctx.stream.states[index].append(k, v, ctx)
+            y_TAD = self.attention_cached(q, keys, values, ctx.starts).flatten(0, 1)
+        return self.o_proj(y_TAD.flatten(1)), None

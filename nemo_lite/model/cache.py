@@ -1,0 +1,262 @@
+"""The hybrid cache: what a sequence carries from one forward to the next.
+
+Per attention layer keys and values in slots; per Mamba layer the last W-1 inputs of the convolution and the SSM state
+(float32 or better); the same for the layers of the MTP block, which runs one position behind the trunk; and the trunk
+outputs that the block has not read yet, because their next token was not known.
+
+A forward appends. After a *tentative* forward, `commit(n)` keeps its first n tokens a row and `rollback()` none, without
+recomputing: the state after every token was kept. `snapshot()` and `restore()` return to an earlier point of the same
+cache at the price of references, since states are never written in place and slots only beyond the current length.
+
+Shape letters: B batch, L length, S slots, w = W-1, H heads or hidden, K key/value heads, D, P head sizes, N state size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_lite import pattern as patterns
+from nemo_lite.config import ModelConfig
+from nemo_lite.model.context import Context
+
+
+class MambaState:
+    """Convolution window [B, w, C] and SSM state [B, H, P, N] of one Mamba layer; None stands for zeros."""
+
+    def __init__(self, width: int):
+        self.w = width - 1
+        self.window: Tensor | None = None
+        self.state: Tensor | None = None
+        self._trail: tuple[Tensor, Tensor, Tensor | None] | None = None
+
+    def carried(self, batch: int, x_BLC: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return self.window, self.state
+
+    def advance(self, x_BLC: Tensor, state: Tensor, ctx: Context) -> None:
+        """Take in the tokens of one forward; `state` is the final one, or with ctx.tentative the one after each token."""
+        before = self.window if self.window is not None else x_BLC.new_zeros(x_BLC.shape[0], self.w, x_BLC.shape[2])
+        extended = torch.cat([before, x_BLC], dim=1)
+        counts = ctx.counts or []
+        if ctx.tentative:
+            self._trail = (extended, state, self.state)
+            self.keep(counts)
+        else:
+            self._trail, self.state = None, state
+            self.window = self._windows(extended, counts)
+
+    def keep(self, counts: list[int]) -> None:
+        """Keep only the first counts[b] tokens of the last forward, which must have been tentative."""
+        assert self._trail is not None, "only a tentative forward can be shortened"
+        extended, states, before = self._trail
+        self.window = self._windows(extended, counts)
+        if before is None:
+            before = torch.zeros_like(states[:, 0])
+        if len(set(counts)) == 1:
+            self.state = states[:, counts[0] - 1] if counts[0] else before
+        else:
+            self.state = torch.stack([states[b, n - 1] if n else before[b] for b, n in enumerate(counts)])
+
+    def _windows(self, extended: Tensor, counts: list[int]) -> Tensor:
+        if len(set(counts)) == 1:
+            return extended[:, counts[0] : counts[0] + self.w]
+        return torch.stack([extended[b, n : n + self.w] for b, n in enumerate(counts)])
+
+    def snapshot(self):
+        return self.window, self.state
+
+    def restore(self, saved) -> None:
+        self.window, self.state = saved
+        self._trail = None
+
+
+class KVState:
+    """Keys and values [B, S, K, D] of one attention layer; how many slots of a row count is the stream's to know."""
+
+    def __init__(self):
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def append(self, k_BLKD: Tensor, v_BLKD: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Write the valid new tokens behind each row's slots; the slots in use, [B, S', K, D] each."""
+        assert ctx.starts is not None and ctx.counts is not None
+        end = max(start + count for start, count in zip(ctx.starts, ctx.counts))
+        if self.k is None or end > self.k.shape[1]:
+            self._grow(end, k_BLKD)
+        assert self.k is not None and self.v is not None
+        if ctx.uniform:
+            start = ctx.starts[0]
+            self.k[:, start:end], self.v[:, start:end] = k_BLKD, v_BLKD
+        else:
+            for b, (start, count) in enumerate(zip(ctx.starts, ctx.counts)):
+                self.k[b, start : start + count] = k_BLKD[b, :count]
+                self.v[b, start : start + count] = v_BLKD[b, :count]
+        return self.k[:, :end], self.v[:, :end]
+
+    def _grow(self, slots: int, like: Tensor) -> None:
+        B, _, K, D = like.shape
+        old = 0 if self.k is None else self.k.shape[1]
+        capacity = max(slots, 2 * old, 64)
+        # Zeros, not garbage: padded queries look at slots nobody has written.
+        for name, before in (("k", self.k), ("v", self.v)):
+            grown = like.new_zeros(B, capacity, K, D)
+            if before is not None:
+                grown[:, :old] = before
+            setattr(self, name, grown)
+
+    def keep(self, counts: list[int]) -> None:
+        """Nothing to do: slots beyond a row's length are overwritten."""
+
+    def snapshot(self):
+        return None
+
+    def restore(self, saved) -> None:
+        pass
+
+
+class Nothing:
+    """The state of a layer that carries none."""
+
+    def keep(self, counts: list[int]) -> None:
+        pass
+
+    def snapshot(self):
+        return None
+
+    def restore(self, saved) -> None:
+        pass
+
+
+class Stream:
+    """The states of a run of layers, and how many positions of each row they have taken in."""
+
+    def __init__(self, layers: str, config: ModelConfig, batch: int):
+        self.states = [
+            MambaState(config.conv_kernel) if letter == patterns.MAMBA
+            else KVState() if letter == patterns.ATTENTION
+            else Nothing()
+            for letter in layers
+        ]  # fmt: skip
+        self.lengths = [0] * batch
+        self._last: tuple[list[int], list[int]] | None = None  # lengths before and counts of the last forward
+
+    def context(self, length: int, counts: list[int] | None, valid_BL: Tensor | None, tentative: bool) -> Context:
+        """The context of a forward of `length` columns that continues this stream by counts[b] tokens a row."""
+        counts = counts if counts is not None else [length] * len(self.lengths)
+        return Context(
+            len(self.lengths), length, valid_BL=valid_BL, count_BL=valid_BL, stream=self, starts=list(self.lengths),
+            counts=counts, tentative=tentative,
+        )  # fmt: skip
+
+    def took(self, ctx: Context) -> None:
+        """The forward of `ctx` is done."""
+        assert ctx.starts is not None and ctx.counts is not None
+        self._last = (ctx.starts, ctx.counts) if ctx.tentative else None
+        self.lengths = [start + count for start, count in zip(ctx.starts, ctx.counts)]
+
+    def commit(self, keep: list[int]) -> None:
+        """Keep the first keep[b] tokens of the last, tentative forward."""
+        if self._last is None:
+            raise ValueError("there is no tentative forward to commit")
+        starts, counts = self._last
+        if any(not 0 <= n <= count for n, count in zip(keep, counts)):
+            raise ValueError(f"cannot keep {keep} of {counts} tentative tokens")
+        for state in self.states:
+            state.keep(keep)
+        self.lengths = [start + n for start, n in zip(starts, keep)]
+        self._last = None
+
+    def snapshot(self):
+        return list(self.lengths), [state.snapshot() for state in self.states]
+
+    def restore(self, saved) -> None:
+        lengths, states = saved
+        self.lengths, self._last = list(lengths), None
+        for state, saved_state in zip(self.states, states):
+            state.restore(saved_state)
+
+
+@dataclass
+class Pending:
+    """Trunk outputs [n, H] of one row that the MTP block has not read, and the tokens [n] at their positions."""
+
+    hidden: Tensor
+    tokens: Tensor
+
+
+class HybridCache:
+    """The cache of `batch` rows. With `speculative` the MTP block's part is kept too."""
+
+    def __init__(self, config: ModelConfig, batch: int, speculative: bool = False):
+        if speculative and not config.mtp_layers:
+            raise ValueError("this model has no MTP block to draft with")
+        self.trunk = Stream(config.layers, config, batch)
+        self.mtp = Stream(config.mtp_layers, config, batch) if speculative else None
+        self.pending: list[Pending | None] = [None] * batch
+        self._tentative: list[Pending] | None = None
+
+    @property
+    def batch(self) -> int:
+        return len(self.trunk.lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Positions of each row that the trunk has taken in."""
+        return self.trunk.lengths
+
+    def remember(self, hidden_BLH: Tensor, tokens_BL: Tensor, ctx: Context) -> None:
+        """Note the trunk outputs of a forward for the MTP block."""
+        if self.mtp is None:
+            return
+        assert ctx.counts is not None
+        new = [Pending(hidden_BLH[b, :n], tokens_BL[b, :n]) for b, n in enumerate(ctx.counts)]
+        if ctx.tentative:
+            self._tentative = new
+        else:
+            self._settle()
+            self._add(new)
+
+    def _settle(self) -> None:
+        if self._tentative is not None:
+            self._add(self._tentative)
+            self._tentative = None
+
+    def _add(self, new: list[Pending]) -> None:
+        for b, item in enumerate(new):
+            before = self.pending[b]
+            if len(item.tokens) == 0:
+                continue
+            if before is not None:
+                item = Pending(torch.cat([before.hidden, item.hidden]), torch.cat([before.tokens, item.tokens]))
+            self.pending[b] = item
+
+    def settled(self) -> list[Pending | None]:
+        """Everything pending; a tentative forward that was not committed counts as kept."""
+        self._settle()
+        return self.pending
+
+    def commit(self, keep: list[int] | int) -> None:
+        """Keep the first n tokens a row of the last, tentative forward."""
+        keep = [keep] * self.batch if isinstance(keep, int) else keep
+        self.trunk.commit(keep)
+        if self._tentative is not None:
+            self._add([Pending(p.hidden[:n], p.tokens[:n]) for p, n in zip(self._tentative, keep)])
+            self._tentative = None
+
+    def rollback(self) -> None:
+        """Forget the last, tentative forward."""
+        self.commit(0)
+
+    def snapshot(self):
+        """A point to return to with :meth:`restore`; valid for this cache only."""
+        self._settle()
+        return self.trunk.snapshot(), self.mtp.snapshot() if self.mtp else None, list(self.pending)
+
+    def restore(self, saved) -> None:
+        trunk, mtp, pending = saved
+        self.trunk.restore(trunk)
+        if self.mtp is not None:
+            self.mtp.restore(mtp)
+        self.pending, self._tentative = list(pending), None

@@ -1,0 +1,69 @@
+"""What all layers of one forward share: the shape of the batch, its documents, and the cache they continue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from nemo_lite.model.cache import Stream
+
+
+@dataclass(frozen=True)
+class Context:
+    """Shapes and documents of the tokens in one forward; T = batch x length, row after row.
+
+    valid_BL   False on padding, or None when there is none.
+    reset_BL   True where a document starts and carried state must not enter, or None when no state could.
+    lengths    tokens of each run of one document (padding counts as a run), in token order; they sum to T.
+    count_BL   the positions that a router counts for its balance (bias update and auxiliary loss), or None for all.
+    stream     the cache that this forward continues, with its per-layer states, or None.
+    starts     per row, the slot of its first token in the cache.
+    counts     per row, its valid tokens (they come first; padding is on the right).
+    tentative  keep the state after every token, so that the cache can be rolled back into this forward.
+    """
+
+    batch: int
+    length: int
+    valid_BL: Tensor | None = None
+    reset_BL: Tensor | None = None
+    lengths: list[int] | None = None
+    count_BL: Tensor | None = None
+    stream: Stream | None = None
+    starts: list[int] | None = None
+    counts: list[int] | None = None
+    tentative: bool = False
+
+    @property
+    def uniform(self) -> bool:
+        """Every row continues the same slot with tokens only: the case of plain prefill and decode."""
+        return self.valid_BL is None and self.starts is not None and len(set(self.starts)) == 1
+
+    def counting(self, count_BL: Tensor | None) -> Context:
+        """The same forward, with other positions counted by the routers."""
+        return replace(self, count_BL=count_BL)
+
+
+def packed_context(input_ids: Tensor, doc_ids_BL: Tensor | None) -> Context:
+    """The context of a forward without cache. Document ids change where a document starts; -1 is padding."""
+    B, L = input_ids.shape
+    if doc_ids_BL is None:
+        return Context(B, L, lengths=[L] * B)
+    starts_BL = torch.ones_like(doc_ids_BL, dtype=torch.bool)
+    starts_BL[:, 1:] = doc_ids_BL[:, 1:] != doc_ids_BL[:, :-1]
+    begins = starts_BL.flatten().nonzero().squeeze(-1).tolist()
+    ends = [*begins[1:], B * L]
+    valid_BL = doc_ids_BL >= 0
+    padded = not bool(valid_BL.all())
+    return Context(
+        B,
+        L,
+        valid_BL=valid_BL if padded else None,
+        # A row that is one document needs no reset: nothing is carried into it.
+        reset_BL=starts_BL if len(begins) > B else None,
+        lengths=[end - begin for begin, end in zip(begins, ends)],
+        count_BL=valid_BL if padded else None,
+    )

@@ -1,0 +1,420 @@
+"""HybridLM: embedding, a stack of layers spelled by the pattern string, final norm, head, and the MTP block.
+
+    x = embed(ids);  x = x + mixer(norm(x)) for every letter of the pattern;  h = norm_f(x);  logits = head(h)
+
+Shape letters: B batch, L length, T = B*L tokens, H hidden, V vocabulary, K MTP depth, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nemo_lite import pattern as patterns
+from nemo_lite.config import ModelConfig
+from nemo_lite.model.attention import Attention
+from nemo_lite.model.cache import HybridCache
+from nemo_lite.model.context import Context, packed_context
+from nemo_lite.model.mamba2 import Mamba2
+from nemo_lite.model.moe import MLP, LatentMoE
+from nemo_lite.model.mtp import MTP
+from nemo_lite.parallel.layers import Layers
+from nemo_lite.train.loss import IGNORE, shift_left, shifted_labels
+
+
+@dataclass
+class Normalizers:
+    """What sums are divided by: the global batch's label counts of the main head and each depth, and its rows."""
+
+    labels: list[float]
+    rows: float
+
+
+@dataclass
+class HybridOutput:
+    """What a forward returns. Logits are formed when they are read, [B, L, V] in the computing dtype."""
+
+    hidden: Tensor  # trunk output after norm_f, [B, L, H]
+    cache: HybridCache | None = None
+    loss: Tensor | None = None
+    mtp_hidden: list[Tensor] = field(default_factory=list)  # by depth, [B, L, H]
+    losses: Tensor | None = None  # [1 + K] cross-entropy of the main head and each depth, detached
+    aux_loss: Tensor | None = None  # times its coefficient, detached
+    expert_counts: dict[str, Tensor] = field(default_factory=dict)  # MoE layer -> tokens per expert [E]
+    _head: nn.Module | None = None
+    _grad: bool = False
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        assert self._head is not None
+        with torch.set_grad_enabled(self._grad):
+            return self._head(hidden)
+
+    @property
+    def logits(self) -> Tensor:
+        """Next-token logits [B, L, V]."""
+        return self._logits(self.hidden)
+
+    @property
+    def mtp_logits(self) -> list[Tensor]:
+        """Logits of each MTP depth k (position t: token t+k+1), [B, L, V]; empty unless labels or `mtp` were given."""
+        return [self._logits(hidden) for hidden in self.mtp_hidden]
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x))."""
+
+    def __init__(self, letter: str, name: str, config: ModelConfig, layers: Layers):
+        super().__init__()
+        self.kind, self.name = letter, name
+        self.norm = layers.norm(f"{name}.norm", config.hidden_size, config.layer_norm_epsilon)
+        mixer = f"{name}.mixer"
+        self.mixer: nn.Module
+        if letter == patterns.MAMBA:
+            self.mixer = Mamba2(config, layers, mixer)
+        elif letter == patterns.ATTENTION:
+            self.mixer = Attention(config, layers, mixer)
+        elif letter == patterns.MOE:
+            self.mixer = LatentMoE(config, layers, mixer)
+        else:
+            self.mixer = MLP(layers, mixer, config.hidden_size, config.intermediate_size)
+
+    def forward(self, x_TH: Tensor, ctx: Context, index: int):
+        y_TH, stats = self.mixer(self.norm(x_TH), ctx, index)
+        return x_TH + y_TH, stats
+
+
+class HybridLM(nn.Module):
+    """A hybrid Mamba-Transformer MoE language model with multi-token prediction.
+
+    Initial weights (the published ones; transformers' own differ):
+
+    | tensor                                             | distribution                                             |
+    |----------------------------------------------------|----------------------------------------------------------|
+    | embedding, head, every linear and router           | normal, std = initializer_range                          |
+    | o_proj, out_proj, every down, fc2_latent           | normal, std = initializer_range / sqrt(layers)           |
+    | conv1d weight and bias                             | uniform in +-1/sqrt(W), torch's Conv1d default           |
+    | A_log                                              | log of uniform(1, 16)                                    |
+    | dt_bias                                            | inverse softplus of log-uniform(dt min, dt max), floored |
+    | D, every norm                                      | 1                                                        |
+    | router bias                                        | 0                                                        |
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+        layers: Layers | None = None,
+        kernels: Mapping[str, str] | None = None,
+    ):
+        """Build with fresh weights from `seed`; on the meta device nothing is allocated.
+
+        dtype is what activations and matrix products are computed in (default: that of the weights, float32).
+        """
+        super().__init__()
+        self.config = config.validate()
+        layers = layers or Layers(device, kernels)
+        self.kernel_choices = layers.ops.choices
+        self.dtype = dtype
+        self.recompute = False
+        with torch.device(device):
+            self.embedding = layers.embedding("embeddings", config.vocab_size, config.hidden_size)
+            self.layers = nn.ModuleList(
+                Layer(letter, f"layers.{i}", config, layers) for i, letter in enumerate(config.layers)
+            )
+            self.norm_f = layers.norm("norm_f", config.hidden_size, config.layer_norm_epsilon)
+            self.head = layers.head("lm_head", config.hidden_size, config.vocab_size)
+            self.mtp = (
+                MTP(config, layers, lambda letter, name: Layer(letter, name, config, layers))
+                if config.mtp_layers
+                else None
+            )
+        if config.tie_word_embeddings:
+            self.head.weight = self.embedding.weight
+        if torch.device(device).type != "meta":
+            self.init_weights(seed)
+
+    # ------------------------------------------------------------------------------------------------------- weights
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Fill every parameter as the class docstring's table says.
+
+        Each tensor has a generator of its own, seeded by `seed` and its name: the values depend neither on the order of
+        creation nor on how many ranks hold them.
+        """
+        for name, parameter in self.named_parameters():
+            from nemo_lite.parallel.native import copy_whole
+
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed * 0x9E3779B1 & 0xFFFFFFFF))
+            copy_whole(parameter, self._initial(name, parameter.shape, generator))
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def _initial(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        config, leaf = self.config, name.rsplit(".", 2)
+        value = torch.empty(shape)
+        if leaf[-1] == "A_log":
+            return value.uniform_(1, 16, generator=generator).log_()
+        if leaf[-1] == "dt_bias":
+            low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+            dt = value.uniform_(low, high, generator=generator).exp_().clamp_(min=config.time_step_floor)
+            return dt + torch.log(-torch.expm1(-dt))
+        if leaf[-1] == "D" or leaf[-2] in ("norm", "norm_f", "enorm", "hnorm", "final_layernorm"):
+            return value.fill_(1.0)
+        if leaf[-2] == "conv1d":
+            bound = config.conv_kernel**-0.5
+            return value.uniform_(-bound, bound, generator=generator)
+        std = config.initializer_range
+        if leaf[-1] == "down" or leaf[-2] in ("o_proj", "out_proj", "down", "fc2_latent"):
+            std /= math.sqrt(len(config.layers))
+        return value.normal_(0.0, std, generator=generator)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def _computing_dtype(self) -> torch.dtype:
+        """An autocast region's dtype where there is one, else the one this model was built for."""
+        kind = self.device.type
+        if torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        return self.dtype or self.embedding.weight.dtype
+
+    # ------------------------------------------------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        doc_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: HybridCache | None = None,
+        *,
+        mtp: bool = False,
+        tentative: bool = False,
+        normalizers: Normalizers | None = None,
+    ) -> HybridOutput:
+        """Run the model on input_ids [B, L].
+
+        doc_ids     [B, L] documents of a packed row; nothing crosses a change of id. -1 is padding, left or right.
+        labels      [B, L] as Hugging Face has them: the tokens themselves, -100 where they are no target. Gives .loss:
+                    next-token cross-entropy + mtp.loss_weight x mean over depths + auxiliary loss.
+        cache       continue the rows of this cache (doc_ids then only marks padding) and append to it.
+        mtp         also run the MTP block at the training depth (given labels, it always runs).
+        tentative   keep what is needed to commit only a part of this forward to the cache.
+        normalizers divide the loss's sums by these instead of by this batch's own counts.
+        """
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids must be [batch, length], not {list(input_ids.shape)}")
+        dtype = self._computing_dtype()
+        # Layers decide their dtypes themselves (routers, norms and scans stay in float32), so autocast ends here.
+        with torch.autocast(self.device.type, enabled=False):
+            if cache is not None:
+                if labels is not None or mtp:
+                    raise ValueError("labels and mtp need a forward without cache")
+                return self._cached(input_ids, doc_ids, cache, dtype, tentative)
+            ctx = packed_context(input_ids, doc_ids)
+            hidden_TH, stats = self._trunk(input_ids, ctx, dtype)
+            out = self._output(hidden_TH, ctx)
+            for name, stat in stats:
+                out.expert_counts[name] = stat.counts_E
+            if self.mtp is not None and (labels is not None or mtp):
+                out.mtp_hidden, mtp_stats = self._depths(input_ids, doc_ids, labels, hidden_TH, ctx)
+                for name, stat in mtp_stats:
+                    previous = out.expert_counts.get(name, 0)
+                    out.expert_counts[name] = previous + stat.counts_E
+            else:
+                mtp_stats = []
+            if labels is not None:
+                self._loss(out, labels, doc_ids, stats, mtp_stats, normalizers or self._own(labels, doc_ids))
+            return out
+
+    def _output(self, hidden_TH: Tensor, ctx: Context, cache: HybridCache | None = None) -> HybridOutput:
+        hidden = hidden_TH.unflatten(0, (ctx.batch, ctx.length))
+        return HybridOutput(hidden, cache, _head=self.head, _grad=torch.is_grad_enabled())
+
+    def _trunk(self, input_ids: Tensor, ctx: Context, dtype: torch.dtype):
+        x_TH = self.embedding(input_ids.flatten()).to(dtype)
+        x_TH, stats = self._run(self.layers, x_TH, ctx)
+        return self.norm_f(x_TH), stats
+
+    def _run(self, layers, x_TH: Tensor, ctx: Context):
+        """x through `layers`; the hidden states and, for each MoE layer in training, (its name, RouterStats)."""
+        stats = []
+        for index, layer in enumerate(layers):
+            if self.recompute and torch.is_grad_enabled():
+                x_TH, stat = checkpoint(layer, x_TH, ctx, index, use_reentrant=False)
+            else:
+                x_TH, stat = layer(x_TH, ctx, index)
+            if stat is not None:
+                stats.append((layer.name, stat))
+        return x_TH, stats
+
+    def _depths(self, input_ids, doc_ids, labels, hidden_TH: Tensor, ctx: Context):
+        """Hidden states of MTP depth 1..K, [B, L, H] each, and the routers' statistics of all depths."""
+        assert self.mtp is not None
+        targets = labels if labels is not None else input_ids
+        hiddens, stats, h_TH = [], [], hidden_TH
+        for k in range(1, self.config.mtp.depth + 1):
+            e_TH = self.embedding(shift_left(input_ids, k, 0).flatten()).to(h_TH.dtype)
+            # A position whose own label is not there is a position only others of its kind see: causal attention.
+            counted = shifted_labels(targets, doc_ids, k + 1) != IGNORE
+            h_TH, depth_stats = self.mtp(h_TH, e_TH, ctx.counting(counted), self._run)
+            hiddens.append(h_TH.unflatten(0, (ctx.batch, ctx.length)))
+            stats += depth_stats
+        return hiddens, stats
+
+    def _own(self, labels: Tensor, doc_ids: Tensor | None) -> Normalizers:
+        """This batch's own counts."""
+        depth = self.config.mtp.depth if self.mtp is not None else 0
+        counts = [int((shifted_labels(labels, doc_ids, k + 1) != IGNORE).sum()) for k in range(depth + 1)]
+        return Normalizers([float(count) for count in counts], float(labels.shape[0]))
+
+    def _loss(self, out: HybridOutput, labels, doc_ids, stats, mtp_stats, normalizers: Normalizers) -> None:
+        config, depth = self.config, len(out.mtp_hidden)
+        scales = [1.0] + [config.mtp.loss_weight / depth] * depth
+        hiddens = [out.hidden, *out.mtp_hidden]
+        all_labels = torch.cat([shifted_labels(labels, doc_ids, k + 1).flatten() for k in range(depth + 1)])
+        counts = [max(count, 1.0) for count in normalizers.labels]
+        dtype = torch.promote_types(out.hidden.dtype, torch.float32)
+        per_token = torch.tensor([s / n for s, n in zip(scales, counts)], dtype=dtype, device=labels.device)
+        weights_T = per_token.repeat_interleave(labels.numel())
+        loss, nll_T = self.head.loss(torch.cat([h.flatten(0, 1) for h in hiddens]), all_labels, weights_T)
+        sums = nll_T.view(depth + 1, -1).sum(-1)
+        out.losses = sums / sums.new_tensor(counts)
+        aux = sum((stat.aux for _, stat in stats), loss.new_zeros(()))
+        if depth:  # the mean over depths, as for the MTP loss
+            aux = aux + sum((stat.aux for _, stat in mtp_stats), loss.new_zeros(())) / depth
+        aux = aux * (config.router_aux_loss_coef / max(normalizers.rows, 1.0))
+        out.aux_loss = aux.detach()
+        out.loss = loss + aux
+
+    # ------------------------------------------------------------------------------------------- with a cache; drafting
+
+    def new_cache(self, batch: int, speculative: bool = False) -> HybridCache:
+        """An empty cache for `batch` rows; `speculative` keeps what MTP drafting needs."""
+        return HybridCache(self.config, batch, speculative)
+
+    def _cached(self, input_ids, doc_ids, cache: HybridCache, dtype, tentative: bool) -> HybridOutput:
+        B, L = input_ids.shape
+        if B != cache.batch:
+            raise ValueError(f"this cache holds {cache.batch} rows, not {B}")
+        counts = valid_BL = order = None
+        if doc_ids is not None and bool((doc_ids < 0).any()):
+            valid_BL = doc_ids >= 0
+            order = (~valid_BL).to(torch.int8).argsort(dim=1, stable=True)  # tokens first, padding to the right
+            input_ids, valid_BL = input_ids.gather(1, order), valid_BL.gather(1, order)
+            counts = valid_BL.sum(1).tolist()
+        if doc_ids is not None and bool(((doc_ids != doc_ids.amax(1, keepdim=True)) & (doc_ids >= 0)).any()):
+            raise ValueError("with a cache a row is one document; start another cache for another document")
+        if cache.mtp is not None:
+            firsts = [int(ids[0]) if counts is None or counts[b] else None for b, ids in enumerate(input_ids)]
+            self._catch_up(cache, firsts, dtype)
+        ctx = cache.trunk.context(L, counts, valid_BL, tentative)
+        hidden_TH, _ = self._trunk(input_ids, ctx, dtype)
+        cache.trunk.took(ctx)
+        out = self._output(hidden_TH, ctx, cache)
+        cache.remember(out.hidden, input_ids, ctx)
+        if order is not None:
+            out.hidden = out.hidden.gather(1, order.argsort(dim=1)[..., None].expand_as(out.hidden))
+        return out
+
+    def _catch_up(self, cache: HybridCache, next_tokens: list[int | None], dtype) -> Tensor | None:
+        """Run the MTP block over every pending position whose next token is known.
+
+        Returns the block's output at each row's last such position, [B, H] (zeros where a row had none).
+        """
+        assert cache.mtp is not None and self.mtp is not None
+        rows = []
+        for b, pending in enumerate(cache.settled()):
+            known = next_tokens[b]
+            if pending is None or (known is None and len(pending.tokens) < 2):
+                rows.append(None)
+                continue
+            last = pending.tokens.new_tensor([known] if known is not None else [])
+            tokens = torch.cat([pending.tokens[1:], last])
+            rows.append((pending.hidden[: len(tokens)], tokens))
+            cache.pending[b] = type(pending)(pending.hidden[len(tokens) :], pending.tokens[len(tokens) :])
+            if known is not None:
+                cache.pending[b] = None
+        if not any(row is not None for row in rows):
+            return None
+        counts = [0 if row is None else len(row[1]) for row in rows]
+        L, device = max(counts), self.device
+        hidden = torch.zeros(len(rows), L, self.config.hidden_size, dtype=dtype, device=device)
+        tokens = torch.zeros(len(rows), L, dtype=torch.int64, device=device)
+        for b, row in enumerate(rows):
+            if row is not None:
+                hidden[b, : counts[b]], tokens[b, : counts[b]] = row
+        valid = None
+        if len(set(counts)) > 1:
+            valid = torch.arange(L, device=device) < torch.tensor(counts, device=device)[:, None]
+        out_BLH = self._mtp_step(cache, hidden, tokens, counts, valid)
+        last = torch.tensor([max(n - 1, 0) for n in counts], device=device)
+        return out_BLH[torch.arange(len(rows), device=device), last]
+
+    def _mtp_step(self, cache: HybridCache, hidden_BLH: Tensor, tokens_BL: Tensor, counts, valid_BL) -> Tensor:
+        assert cache.mtp is not None and self.mtp is not None
+        ctx = cache.mtp.context(tokens_BL.shape[1], counts, valid_BL, False)
+        e_TH = self.embedding(tokens_BL.flatten()).to(hidden_BLH.dtype)
+        h_TH, _ = self.mtp(hidden_BLH.flatten(0, 1), e_TH, ctx, self._run)
+        cache.mtp.took(ctx)
+        return h_TH.unflatten(0, (ctx.batch, ctx.length))
+
+    @torch.no_grad()
+    def draft(self, cache: HybridCache, next_tokens: Tensor, count: int, pick) -> Tensor:
+        """Draft `count` tokens a row after next_tokens [B], the sampled tokens the trunk has not read yet; [B, count].
+
+        pick(logits [B, V]) -> tokens [B] chooses each draft. The block first reads every position that was committed
+        since the last draft, with its true trunk output; what it adds beyond that is forgotten again.
+        """
+        dtype = self._computing_dtype()
+        assert cache.mtp is not None
+        h_BH = self._catch_up(cache, next_tokens.tolist(), dtype)
+        if h_BH is None:
+            raise ValueError("drafting starts after a prompt")
+        saved = cache.mtp.snapshot()
+        drafts = []
+        for i in range(count):
+            if i:
+                h_BH = self._mtp_step(cache, h_BH[:, None], drafts[-1][:, None], None, None)[:, 0]
+            drafts.append(pick(self.head(h_BH)))
+        cache.mtp.restore(saved)
+        return torch.stack(drafts, dim=1)
+
+    # ------------------------------------------------------------------------------------------------ for users' hands
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_dir: str | Path,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device = "cpu",
+        kernels: Mapping[str, str] | None = None,
+    ) -> HybridLM:
+        """Open a MODEL_DIR (Hugging Face NemotronH, MTP tensors included). dtype None keeps the stored one."""
+        from nemo_lite.model.hf import load_model
+
+        return load_model(cls, Path(model_dir), dtype=dtype, device=device, kernels=kernels)
+
+    def save_pretrained(self, model_dir: str | Path, **options) -> None:
+        """Write a MODEL_DIR that transformers, vLLM and from_pretrained open."""
+        from nemo_lite.model.hf import save_model
+
+        save_model(self, Path(model_dir), **options)
+
+    def generate(self, input_ids: Tensor, **options) -> Tensor:
+        """Continue prompts [B, L]; see :func:`nemo_lite.generate.generate`."""
+        from nemo_lite.generate import generate
+
+        return generate(self, input_ids, **options).tokens

@@ -1,0 +1,1 @@
+"""Placement of the model's weights: one rank, FSDP2 (native), and other engines."""

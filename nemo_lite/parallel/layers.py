@@ -1,0 +1,155 @@
+"""`Layers`: what a model part is built from.
+
+A part of the model never knows where its weights live. It asks a `Layers` for linears, norms and parameters by full
+name, and this object answers with modules that hold this rank's share. Two choices meet here: *placement* (this class
+keeps everything whole; an engine may split columns, rows, heads and experts and own the collectives), and *number
+format* (`matmul_for(name)` says what a linear multiplies with).
+
+Activations are token-major, [T, width], with T = rows x length; collectives of a sequence-parallel placement therefore
+work on dim 0.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nemo_lite.precision.linear import Matmul, dense
+from nemo_lite.train.loss import cross_entropy_chunked
+from nemo_lite_kernels import Ops, select
+
+
+class Linear(nn.Module):
+    """y [T, out] = x [T, in] W^T, W [out, in]."""
+
+    def __init__(self, n_in: int, n_out: int, matmul: Matmul):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.matmul = matmul
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.matmul(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """Rows of W [V, H]."""
+
+    def __init__(self, vocab_size: int, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self.weight)
+
+
+class Head(nn.Module):
+    """The output projection W [V, H]: logits, or the loss over them in chunks of tokens."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, matmul: Matmul, chunk: int = 1024):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.matmul, self.chunk = matmul, chunk
+
+    def forward(self, h_TH: Tensor, labels_T: Tensor | None = None, weights_T: Tensor | None = None):
+        """Logits [T, V]; or, with labels (-100: none) and a weight per token, (sum of weight x nll, nll [T] detached).
+
+        Both go through forward, so that a sharded weight is gathered once.
+        """
+        if labels_T is None:
+            return self.matmul(h_TH, self.weight)
+        return cross_entropy_chunked(h_TH, self.weight, labels_T, weights_T, self.chunk)
+
+    def logits(self, h_TH: Tensor) -> Tensor:
+        """Logits [T, V]."""
+        return self(h_TH)
+
+    def loss(self, h_TH: Tensor, labels_T: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum over tokens of weight x cross-entropy, and the cross-entropies [T], detached."""
+        return self(h_TH, labels_T, weights_T)
+
+
+class Norm(nn.Module):
+    """RMSNorm over [T, size]."""
+
+    def __init__(self, size: int, eps: float, op: Callable):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps, self.op = eps, op
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x, self.weight, self.eps)
+
+
+class GatedNorm(nn.Module):
+    """RMSNorm of y * silu(z) over [T, size], per group of channels."""
+
+    def __init__(self, size: int, groups: int, eps: float, op: Callable):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.groups, self.eps, self.op = groups, eps, op
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        return self.op(y, z, self.weight, self.eps, self.groups)
+
+
+class Experts(nn.Module):
+    """Routed experts: up [E, F, L], down [E, L, F], squared ReLU between."""
+
+    def __init__(self, n_experts: int, size: int, inner: int, op: Callable):
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(n_experts, inner, size))
+        self.down = nn.Parameter(torch.empty(n_experts, size, inner))
+        self.op = op
+
+    def forward(self, x_TL: Tensor, expert_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
+        return self.op(x_TL, expert_Tk, weight_Tk, self.up, self.down)
+
+
+class Layers:
+    """The whole placement: every weight is complete on this rank."""
+
+    def __init__(
+        self,
+        device: str | torch.device = "cpu",
+        kernels: Mapping[str, str] | None = None,
+        matmul_for: Callable[[str], Matmul] = lambda name: dense,
+    ):
+        self.ops: Ops = select(device, kernels)
+        self.matmul_for = matmul_for
+
+    def linear(self, name: str, n_in: int, n_out: int) -> nn.Module:
+        """A linear that is whole on every rank."""
+        return Linear(n_in, n_out, self.matmul_for(name))
+
+    def column_linear(self, name: str, n_in: int, n_out: int, segments: Sequence[int] | None = None) -> nn.Module:
+        """A linear whose outputs are split over ranks, each of `segments` (sizes that sum to n_out) for itself."""
+        return self.linear(name, n_in, n_out)
+
+    def row_linear(self, name: str, n_in: int, n_out: int) -> nn.Module:
+        """A linear whose inputs are split over ranks; its output is summed over them."""
+        return self.linear(name, n_in, n_out)
+
+    def embedding(self, name: str, vocab_size: int, hidden_size: int) -> nn.Module:
+        return Embedding(vocab_size, hidden_size)
+
+    def head(self, name: str, hidden_size: int, vocab_size: int) -> Head:
+        return Head(hidden_size, vocab_size, self.matmul_for(name))
+
+    def norm(self, name: str, size: int, eps: float) -> nn.Module:
+        return Norm(size, eps, self.ops.rms_norm)
+
+    def gated_norm(self, name: str, size: int, groups: int, eps: float) -> nn.Module:
+        """Over this rank's share of `size` channels and `groups` groups."""
+        return GatedNorm(self.local(size), self.local(groups), eps, self.ops.gated_norm)
+
+    def experts(self, name: str, n_experts: int, size: int, inner: int) -> nn.Module:
+        return Experts(n_experts, size, inner, self.ops.experts)
+
+    def channels(self, name: str, *segments: int, width: int | None = None) -> nn.Parameter:
+        """A parameter [n] or [n, width] per head or channel, n = this rank's share of the sum of `segments`."""
+        n = sum(self.local(segment) for segment in segments)
+        return nn.Parameter(torch.empty(n) if width is None else torch.empty(n, width))
+
+    def local(self, n: int) -> int:
+        """This rank's share of n heads, groups or channels."""
+        return n
