@@ -541,13 +541,13 @@ def _read(path: Path, asked_by: str = "") -> tuple[dict, dict[str, str]]:
         raise RecipeError(f"{asked_by}{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{path}: is not a text file in UTF-8") from None
-    except yaml.YAMLError as error:
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"{path}: {getattr(error, 'full_key', '?')}: {str(error).splitlines()[0]}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a tag such as !!int on what is none
         mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         hint = "; put a pattern that begins with * in quotes" if "alias" in reason else ""
         line = f":{mark.line + 1}" if mark else ""
         raise RecipeError(f"{path}{line}: broken YAML: {' '.join(reason.split())}{hint}") from None
-    except OmegaConfBaseException as error:
-        raise RecipeError(f"{path}: {getattr(error, 'full_key', '?')}: {str(error).splitlines()[0]}") from None
     what = "is empty" if root is None else "is no mapping of keys to values"
     raise RecipeError(f"{path}: {what}; a recipe holds sections such as model, data and train")
 
@@ -630,7 +630,7 @@ def _override(tree: dict, text: str, origins: dict[str, str], say: Say) -> None:
     else:
         try:
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"v={raw}"]))["v"]
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise RecipeError(f"{COMMAND_LINE}: {name}: {raw!r} is broken YAML") from None
     _check(value, hint, name, say, bounds)
     if isinstance(value, dict):  # a whole section: merged, as between files
@@ -695,7 +695,12 @@ def recipe_keys(section: Any = Recipe, prefix: str = "") -> list[RecipeKey]:
     return keys
 
 
-_COMPARE = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+    ">=": operator.ge,
+    ">": operator.gt,
+    "<=": operator.le,
+    "<": operator.lt,
+}
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _hints = functools.cache(typing.get_type_hints)
 

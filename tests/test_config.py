@@ -178,6 +178,7 @@ IN_FILE = {
     "tab": ("model:\n\tpattern: M\n", "x.yaml:2: broken YAML: "),
     "twice": ("seed: 1\nseed: 2\n", "x.yaml:2: broken YAML: found duplicate key seed"),
     "two documents": ("seed: 1\n---\nseed: 2\n", "x.yaml:2: broken YAML: "),
+    "wrong tag": ("seed: !!int x\n", "x.yaml: broken YAML: invalid literal for int()"),
     "python tag": ("seed: !!python/object:os.system x\n", "x.yaml:1: broken YAML: could not determine a constructor"),
     "broken reference": ("run_dir: ${a", "x.yaml: run_dir: "),
     # pairs

@@ -57,12 +57,16 @@ class MambaState:
         if len(set(counts)) == 1:
             self.state = states[:, counts[0] - 1] if counts[0] else before
         else:
-            self.state = torch.stack([states[b, n - 1] if n else before[b] for b, n in enumerate(counts)])
+            n_B = torch.tensor(counts, device=states.device)
+            last = states[torch.arange(len(counts), device=states.device), (n_B - 1).clamp(min=0)]
+            self.state = torch.where((n_B > 0).view(-1, 1, 1, 1), last, before)
 
     def _windows(self, extended: Tensor, counts: list[int]) -> Tensor:
         if len(set(counts)) == 1:
             return extended[:, counts[0] : counts[0] + self.w]
-        return torch.stack([extended[b, n : n + self.w] for b, n in enumerate(counts)])
+        device = extended.device
+        columns = torch.tensor(counts, device=device)[:, None] + torch.arange(self.w, device=device)
+        return extended[torch.arange(len(counts), device=device)[:, None], columns]
 
     def snapshot(self):
         return self.window, self.state
@@ -90,9 +94,11 @@ class KVState:
             start = ctx.starts[0]
             self.k[:, start:end], self.v[:, start:end] = k_BLKD, v_BLKD
         else:
-            for b, (start, count) in enumerate(zip(ctx.starts, ctx.counts)):
-                self.k[b, start : start + count] = k_BLKD[b, :count]
-                self.v[b, start : start + count] = v_BLKD[b, :count]
+            device = k_BLKD.device
+            column = torch.arange(ctx.length, device=device)
+            row, column = (column < torch.tensor(ctx.counts, device=device)[:, None]).nonzero(as_tuple=True)
+            slot = torch.tensor(ctx.starts, device=device)[row] + column
+            self.k[row, slot], self.v[row, slot] = k_BLKD[row, column], v_BLKD[row, column]
         return self.k[:, :end], self.v[:, :end]
 
     def _grow(self, slots: int, like: Tensor) -> None:

@@ -26,6 +26,7 @@ from nemo_lite.model.mamba2 import Mamba2
 from nemo_lite.model.moe import MLP, LatentMoE
 from nemo_lite.model.mtp import MTP
 from nemo_lite.parallel.layers import Layers
+from nemo_lite.parallel.native import copy_whole
 from nemo_lite.train.loss import IGNORE, shift_left, shifted_labels
 
 
@@ -153,8 +154,6 @@ class HybridLM(nn.Module):
         creation nor on how many ranks hold them.
         """
         for name, parameter in self.named_parameters():
-            from nemo_lite.parallel.native import copy_whole
-
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed * 0x9E3779B1 & 0xFFFFFFFF))
             copy_whole(parameter, self._initial(name, parameter.shape, generator))
         for buffer in self.buffers():
@@ -414,7 +413,7 @@ class HybridLM(nn.Module):
         save_model(self, Path(model_dir), **options)
 
     def generate(self, input_ids: Tensor, **options) -> Tensor:
-        """Continue prompts [B, L]; see :func:`nemo_lite.generate.generate`."""
+        """Prompts [B, L] with their continuations; the options are those of :func:`nemo_lite.generate.generate`."""
         from nemo_lite.generate import generate
 
-        return generate(self, input_ids, **options).tokens
+        return generate(self, input_ids, **options).sequences

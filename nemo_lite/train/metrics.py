@@ -305,7 +305,7 @@ class _Console:
         console = Console(file=stream, highlight=False)
         if not console.is_terminal or console.is_dumb_terminal:
             return
-        # With standard output in a file and standard error on the terminal, the file gets the lines, the terminal a bar.
+        # With standard output in a file and standard error on a terminal, the one gets the lines, the other the bar.
         self.lines_above_bar = stream is sys.stdout
         self.progress = Progress(
             TextColumn("[bold]{task.fields[head]}"),
@@ -346,7 +346,7 @@ class _Console:
             else:
                 from rich.text import Text
 
-                self.progress.console.print(Text(f"{head} {line}", "yellow"), soft_wrap=True)
+                self.progress.console.print(Text.assemble((head, "yellow"), f" {line}"), soft_wrap=True)
 
     def close(self) -> None:
         if self.progress is not None:
@@ -457,6 +457,8 @@ def _wandb_can_log_in(wandb: Any) -> bool:
 
 class _MLflow:
     name = "MLflow"
+    client: Any
+    run: str
 
     def __init__(self, run_dir: Path, experiment: str, ids: dict[str, str], say: Callable[[str], None]):
         # A server that is down must cost seconds, not the minutes of MLflow's own retries.
@@ -664,7 +666,7 @@ class Metrics:
 # ------------------------------------------------------------------------------------------- the machine, for env.json
 
 # Dense peaks in TFLOP/s from the makers' data sheets, without sparsity: 16-bit (fp32 accumulate), TF32, plain fp32,
-# fp64 (tensor cores where they do fp64). The first name that torch's device name contains wins, so longer ones come first.
+# fp64 (tensor cores where they do fp64). The first name that torch's device name contains wins: longer ones first.
 _GPU_PEAKS: list[tuple[str, tuple[float, float, float, float]]] = [
     ("GB300", (2500, 1250, 80, 1.3)),
     ("B300", (2250, 1125, 75, 1.2)),
@@ -719,12 +721,12 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype) -> tuple[float | 
     threads torch has now, in about 0.4 s. Ranks that share a machine measure at the same time, so that each finds its
     own share; the run's peak is the sum over ranks.
     """
-    device = torch.device(device)
-    if device.type == "cuda":
+    place = torch.device(device)
+    if place.type == "cuda":
         tf32 = torch.backends.cuda.matmul.allow_tf32
-        return gpu_peak(torch.cuda.get_device_name(device), dtype, tf32)
-    if device.type != "cpu":
-        return None, f"no dense peak is on record for a device of type {device.type!r}, so no share of it is shown"
+        return gpu_peak(torch.cuda.get_device_name(place), dtype, tf32)
+    if place.type != "cpu":
+        return None, f"no dense peak is on record for a device of type {place.type!r}, so no share of it is shown"
     best, best_size, runs = 0.0, 0, 0
     with torch.no_grad():
         # The larger size is nearer to the peak on wide machines, the smaller one is certain to end soon on slow ones.
@@ -753,9 +755,9 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype) -> tuple[float | 
 
 def memory_gb(device: torch.device | str) -> float:
     """GB (1e9 bytes) this process has needed: the peak that torch allocated on a GPU, the resident set on a CPU."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    place = torch.device(device)
+    if place.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(place) / 1e9, 3)
     import psutil
 
     return round(psutil.Process().memory_info().rss / 1e9, 3)
@@ -823,9 +825,9 @@ def environment(
     """
     import psutil
 
-    device = torch.device(device)
+    place = torch.device(device)
     if peak is None:
-        peak = peak_flops(device, getattr(torch, recipe.train.dtype))
+        peak = peak_flops(place, getattr(torch, recipe.train.dtype))
     gpus = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -843,7 +845,7 @@ def environment(
             "gpus": gpus,
             "cuda": torch.version.cuda,
         },
-        "device": str(device),
+        "device": str(place),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "torch_threads": torch.get_num_threads(),
         "seed": recipe.seed,

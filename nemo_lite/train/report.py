@@ -143,7 +143,8 @@ class Series:
     color: str
     style: str = "line"  # line, faint, thin, dots
     legend: bool = True
-    step: bool = field(default=False)  # values at few steps: the read-out shows them only close to their own step
+    label: str = ""  # the legend's words, where they are not the name
+    step: bool = False  # values at few steps: the read-out shows them only close to their own step
 
     @property
     def last(self) -> float | None:
@@ -242,7 +243,9 @@ def chart(
             dots = "".join("M{:.1f} {:.1f}h0".format(*place(x, y)) for x, y in one.points if y is not None)
             drawing.append(f'<path class="halo" d="{dots}"/><path class="dots" {color} d="{dots}"/>')
         else:
-            drawing.append(f'<path class="{one.style}" {color} d="{_path(one.points, place)}"/>')
+            # A run of one log line is a dot, not a line of no length.
+            style = one.style if sum(y is not None for _, y in one.points) > 1 else "dots"
+            drawing.append(f'<path class="{style}" {color} d="{_path(one.points, place)}"/>')
     # What a read-out needs: where each point is, and its value.
     data = [
         {
@@ -257,7 +260,7 @@ def chart(
     ends = ", ".join(f"{one.name} {show(one.last)}" for one in series if one.legend and one.last is not None)
     described = f"{title} from step {min(steps):.0f} to {max(steps):.0f}; last values: {ends}."
     keys = legend or "".join(
-        f'<li><i class="{one.style}" style="background:var(--{one.color})"></i>{escape(one.name)} '
+        f'<li><i class="{one.style}" style="background:var(--{one.color})"></i>{escape(one.label or one.name)} '
         f"<b>{escape(show(one.last or 0.0))}</b></li>"
         for one in series
         if one.legend
@@ -295,7 +298,7 @@ LEVELS = 8  # steps of colour on either side of the mean; the last stands for fo
 
 
 def heat_level(ratio: float) -> int:
-    """Colour step of a load over the mean: 0 at the mean, LEVELS at four times, -LEVELS at a quarter, one less if dead."""
+    """Colour step of a load over the mean: 0 at the mean, LEVELS at four times, -LEVELS at a quarter, less if dead."""
     if ratio <= 0:
         return -LEVELS - 1
     return max(-LEVELS, min(LEVELS, round(math.log2(ratio) / 2 * LEVELS)))
@@ -459,7 +462,7 @@ def _tiles(run: Run) -> str:
     raw = run.column("loss")
     final = smooth(raw, _reach(len(raw)))[-1:] if raw and raw[-1][1] is not None else []
     if (loss := run.last("loss")) is not None:
-        average = f"smoothed {final[0][1]:.3f}" if final and final[0][1] is not None else ""
+        average = f"smoothed {final[0][1]:.3f}" if len(raw) > 1 and final and final[0][1] is not None else ""
         tiles.append(_tile("Training loss", f"{loss:.3f}", average))
     known = [r for r in run.validation if _number(r.get("val_loss")) is not None]
     if known:
@@ -493,7 +496,7 @@ def _tiles(run: Run) -> str:
 
 def _reach(count: int) -> float:
     """How many points the smoothing takes together: about a fiftieth of the run, at least a few."""
-    return max(4.0, count / 50)
+    return max(2.0, count / 50)
 
 
 _MIXERS = {
@@ -632,6 +635,8 @@ def _validation_table(run: Run) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, (dict, list)):
         return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return "–" if value is None else str(value)
 
 
@@ -661,8 +666,9 @@ def _folded(run: Run) -> str:
         )
     if text := escape(run.recipe_text.strip()):
         parts.append(f"<details><summary>Resolved recipe</summary><pre>{text}</pre></details>")
-    facts = list(_flat({name: value for name, value in run.env.items() if name != "kernels" or not parts}))
-    if facts:
+    rest = {name: value for name, value in run.env.items() if name != "kernels" or not parts}
+    if rest:
+        facts = _flat(rest)
         body = "".join(
             f'<tr><th scope="row">{escape(name)}</th><td>{escape(_cell(value))}</td></tr>' for name, value in facts
         )
@@ -690,8 +696,8 @@ def _facts_line(run: Run) -> str:
     machine = run.env.get("machine")
     if isinstance(machine, dict):
         gpus = machine.get("gpus")
-        on_gpu = str(run.env.get("device", "")).startswith("cuda") and isinstance(gpus, list) and gpus
-        if on_gpu and isinstance(gpus[0], dict):
+        on_gpu = str(run.env.get("device", "")).startswith("cuda")
+        if on_gpu and isinstance(gpus, list) and gpus and isinstance(gpus[0], dict):
             parts.append(str(gpus[0].get("name", "GPU")))
         elif machine.get("cpu"):
             cores = machine.get("cores")
@@ -727,7 +733,7 @@ def page(run: Run) -> str:
                 series = [faint, Series(title, thin(smooth(points, _reach(len(points)))), color)]
             else:
                 series = [Series(title, thin(points), color)]
-            series[-1].name = "last"
+            series[-1].label = "last"
             cards.append(chart(title, series, number=number, **options))
 
     rates = [y for _, y in run.column("lr") if y is not None]
@@ -771,7 +777,7 @@ def page(run: Run) -> str:
 
 def _ranks_note(run: Run) -> str:
     ranks = _number(run.env.get("world_size")) or 1
-    return f"All {ranks:.0f} ranks together." if ranks > 1 else "Whole run, data loading included."
+    return f"All {ranks:.0f} ranks together." if ranks > 1 else ""
 
 
 def _sentence(text: str) -> str:
@@ -805,7 +811,7 @@ _STYLE = (
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
 "Noto Sans",Ubuntu,sans-serif;-webkit-text-size-adjust:100%}
 header,main{max-width:1200px;margin:0 auto;padding:0 24px}
-header{padding-top:28px}
+header{padding-top:28px}main{padding-top:20px}
 .title{display:grid;grid-template-columns:1fr auto;align-items:end;gap:0 16px}
 .over{grid-column:1/-1;margin:0;color:var(--soft);font-size:13px}
 h1{margin:0;font-size:30px;line-height:1.2;font-weight:650;letter-spacing:-.015em;overflow-wrap:anywhere}
@@ -822,9 +828,9 @@ height:22px;text-align:center;border-radius:5px;color:#fff}
 .strip .cut{width:2px;border-radius:0;background:var(--soft);margin:0 3px}
 i.mamba{background:var(--mamba)}i.attention{background:var(--attention)}i.moe{background:var(--moe)}
 i.mlp{background:var(--mlp)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:1px;margin:20px 0;padding:0;
+.tiles{display:flex;flex-wrap:wrap;gap:1px;margin:0 0 20px;padding:0;
 background:var(--line);border:1px solid var(--line);border-radius:12px;overflow:hidden}
-.tile{background:var(--card);padding:14px 16px 13px}
+.tile{background:var(--card);padding:14px 16px 13px;flex:1 1 150px}
 .tile dt{color:var(--soft);font-size:13px}
 .tile dd{margin:0;font-size:25px;line-height:1.25;font-weight:620;letter-spacing:-.01em;
 font-variant-numeric:tabular-nums}
@@ -889,12 +895,13 @@ details{background:var(--card);border:1px solid var(--line);border-radius:12px;p
 summary{padding:11px 0;font-weight:600;cursor:pointer}
 details[open]{padding-bottom:14px}
 pre{margin:0;overflow-x:auto;font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
-@media(max-width:760px){header,main{padding:0 14px}header{padding-top:18px}h1{font-size:24px}
+@media(max-width:760px){header,main{padding:0 14px}header{padding-top:18px}main{padding-top:16px}h1{font-size:24px}
 .title{grid-template-columns:1fr}.state{justify-self:start;margin:6px 0 2px}
 .cards{grid-template-columns:minmax(0,1fr);gap:12px}.card{padding:12px 12px 10px}
-.tiles{grid-template-columns:1fr 1fr;margin:16px 0 12px}.tile{padding:11px 12px}.tile dd{font-size:21px}
+.tiles{margin:0 0 12px}.tile{padding:11px 12px;flex:1 1 40%}.tile dd{font-size:21px}
 .frame{grid-template-columns:42px minmax(0,1fr)}.tall .plot svg{height:240px}.plot svg{height:160px}
-.values span{font-size:11px}.values.many{display:none}}
+.values span{font-size:11px}.values.many{display:none}th,td{padding:5px 6px}
+.best{display:inline-block;width:8px;height:8px;padding:0;font-size:0;background:var(--good)}}
 @media print{body{background:#fff}.card,details{break-inside:avoid}}
 """
     + _HEAT

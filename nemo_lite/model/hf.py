@@ -1,0 +1,380 @@
+"""MODEL_DIR: the Hugging Face NemotronH form of a model, and THE table of names.
+
+One row of the table is one kind of tensor of ours and where it stands in a checkpoint. Every tensor is matched exactly
+once in each direction, or all that are not are named in one error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nemo_lite import pattern as patterns
+from nemo_lite.config import ModelConfig, MTPConfig, UserError
+from nemo_lite.parallel.native import copy_whole
+
+# ------------------------------------------------------------------------------------------------------------- names
+
+# ours -> theirs; {i} is a layer, {e} an expert, {last} the MTP block's last layer. Rows are tried from the top.
+TABLE: list[tuple[str, str]] = [
+    ("embedding.weight", "backbone.embeddings.weight"),
+    ("norm_f.weight", "backbone.norm_f.weight"),
+    ("head.weight", "lm_head.weight"),
+    ("mtp.enorm.weight", "mtp.layers.0.enorm.weight"),
+    ("mtp.hnorm.weight", "mtp.layers.0.hnorm.weight"),
+    ("mtp.eh_proj.weight", "mtp.layers.0.eh_proj.weight"),
+    ("mtp.final_layernorm.weight", "mtp.layers.{last}.final_layernorm.weight"),
+    # The layers of the trunk and of the MTP block: {stack} is `layers` | `mtp.layers` here, `backbone.layers` there.
+    ("{stack}.{i}.norm.weight", "{stack}.{i}.norm.weight"),
+    ("{stack}.{i}.mixer.in_proj.weight", "{stack}.{i}.mixer.in_proj.weight"),
+    ("{stack}.{i}.mixer.conv1d.weight", "{stack}.{i}.mixer.conv1d.weight"),  # [C, W] here, [C, 1, W] there
+    ("{stack}.{i}.mixer.conv1d.bias", "{stack}.{i}.mixer.conv1d.bias"),
+    ("{stack}.{i}.mixer.dt_bias", "{stack}.{i}.mixer.dt_bias"),
+    ("{stack}.{i}.mixer.A_log", "{stack}.{i}.mixer.A_log"),
+    ("{stack}.{i}.mixer.D", "{stack}.{i}.mixer.D"),
+    ("{stack}.{i}.mixer.norm.weight", "{stack}.{i}.mixer.norm.weight"),
+    ("{stack}.{i}.mixer.out_proj.weight", "{stack}.{i}.mixer.out_proj.weight"),
+    ("{stack}.{i}.mixer.q_proj.weight", "{stack}.{i}.mixer.q_proj.weight"),
+    ("{stack}.{i}.mixer.k_proj.weight", "{stack}.{i}.mixer.k_proj.weight"),
+    ("{stack}.{i}.mixer.v_proj.weight", "{stack}.{i}.mixer.v_proj.weight"),
+    ("{stack}.{i}.mixer.o_proj.weight", "{stack}.{i}.mixer.o_proj.weight"),
+    ("{stack}.{i}.mixer.router.weight", "{stack}.{i}.mixer.gate.weight"),
+    ("{stack}.{i}.mixer.router.bias", "{stack}.{i}.mixer.gate.e_score_correction_bias"),
+    ("{stack}.{i}.mixer.fc1_latent.weight", "{stack}.{i}.mixer.fc1_latent_proj.weight"),
+    ("{stack}.{i}.mixer.fc2_latent.weight", "{stack}.{i}.mixer.fc2_latent_proj.weight"),
+    ("{stack}.{i}.mixer.experts.up", "{stack}.{i}.mixer.experts.{e}.up_proj.weight"),  # [E, F, L] here
+    ("{stack}.{i}.mixer.experts.down", "{stack}.{i}.mixer.experts.{e}.down_proj.weight"),  # [E, L, F] here
+    ("{stack}.{i}.mixer.shared.up.weight", "{stack}.{i}.mixer.shared_experts.up_proj.weight"),
+    ("{stack}.{i}.mixer.shared.down.weight", "{stack}.{i}.mixer.shared_experts.down_proj.weight"),
+    ("{stack}.{i}.mixer.up.weight", "{stack}.{i}.mixer.up_proj.weight"),
+    ("{stack}.{i}.mixer.down.weight", "{stack}.{i}.mixer.down_proj.weight"),
+]
+
+# Kept in float32 in memory and in files, whatever the dtype asked for: small, and what the numbers hang on.
+FLOAT32 = re.compile(r"(A_log|\.D|dt_bias|router\.weight|router\.bias|norm\w*\.weight)$")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of ours and the tensors of a checkpoint that hold it (several for stacked experts)."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    shape: tuple[int, ...]  # of each of theirs
+
+
+def rows(model: nn.Module) -> list[Row]:
+    """The table filled in for a model: every parameter and buffer, each exactly once."""
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    if config.tie_word_embeddings:
+        tensors.pop("head.weight", None)
+    found = []
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"(?:(mtp\.layers|layers)\.(\d+)\.)?(.+)", name)
+        assert match is not None
+        stack, i, _ = match.groups()
+        template = name if stack is None else f"{{stack}}.{{i}}.{match[3]}"
+        theirs = dict(TABLE).get(template)
+        if theirs is None:
+            raise KeyError(f"the conversion table has no row for {name}")
+        theirs = theirs.replace("{stack}", "mtp.layers" if stack == "mtp.layers" else "backbone.layers")
+        theirs = theirs.replace("{i}", i or "").replace("{last}", str(len(config.mtp_layers) - 1))
+        shape = tuple(tensor.shape)
+        if "{e}" in theirs:
+            found.append(Row(name, tuple(theirs.replace("{e}", str(e)) for e in range(shape[0])), shape[1:]))
+        elif name.endswith("conv1d.weight"):
+            found.append(Row(name, (theirs,), (shape[0], 1, shape[1])))
+        else:
+            found.append(Row(name, (theirs,), shape))
+    return found
+
+
+def to_hf(row: Row, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor of ours as the checkpoint's tensors."""
+    parts = tensor.unbind(0) if len(row.theirs) > 1 or tensor.dim() == 3 else [tensor]
+    for name, part in zip(row.theirs, parts):
+        yield name, part.reshape(row.shape)
+
+
+def from_hf(row: Row, parts: list[Tensor], shape: torch.Size) -> Tensor:
+    """The checkpoint's tensors as one of ours."""
+    return (torch.stack(parts) if len(parts) > 1 else parts[0]).reshape(shape)
+
+
+# ------------------------------------------------------------------------------------------------------------ config
+
+_SAME = (
+    "vocab_size hidden_size layer_norm_epsilon tie_word_embeddings initializer_range max_position_embeddings "
+    "num_attention_heads num_key_value_heads head_dim mamba_num_heads mamba_head_dim ssm_state_size n_groups conv_kernel "
+    "chunk_size time_step_min time_step_max time_step_floor intermediate_size n_routed_experts num_experts_per_tok "
+    "moe_intermediate_size moe_latent_size n_shared_experts moe_shared_expert_intermediate_size n_group topk_group "
+    "norm_topk_prob routed_scaling_factor bos_token_id eos_token_id pad_token_id"
+).split()
+_OLD_NAMES = {"mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_chunk_size": "chunk_size"}
+# What this architecture does not have: key -> the only value it can take.
+_FIXED = {
+    "attention_bias": False, "mlp_bias": False, "use_bias": False, "mamba_proj_bias": False, "use_conv_bias": True,
+    "sliding_window": None, "mlp_hidden_act": "relu2", "mamba_hidden_act": "silu",
+}  # fmt: skip
+
+
+def config_to_hf(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json for `config`: what transformers' NemotronHConfig and vLLM read. Pipeline cuts are left out."""
+    low, high = config.time_step_limit
+    infinite: Any = {"__float__": "Infinity"}
+    out: dict[str, Any] = {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        "dtype": str(dtype).removeprefix("torch."),
+        "layers_block_type": patterns.to_hf(config.layers),
+        "num_hidden_layers": len(config.layers),
+        "num_nextn_predict_layers": 1 if config.mtp_layers else 0,
+        "time_step_limit": [low, infinite if math.isinf(high) else high],
+        "mamba_ssm_cache_dtype": "float32",
+        "residual_in_fp32": False,
+        "router_aux_loss_coef": config.router_aux_loss_coef,
+        **_FIXED,
+        **{name: getattr(config, name) for name in _SAME},
+    }
+    if config.mtp_layers:
+        out["mtp_layers_block_type"] = patterns.to_hf(config.mtp_layers)
+        out["mtp_training_depth"] = config.mtp.depth  # ours; other readers ignore these two
+        out["mtp_loss_weight"] = config.mtp.loss_weight
+    return out
+
+
+def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    """The model that a config.json describes; UserError for one this architecture is not."""
+    raw = dict(raw)
+    if raw.get("model_type") != "nemotron_h":
+        raise UserError(f"{where}: model_type is {raw.get('model_type')!r}, and only 'nemotron_h' can be opened")
+    for name, only in _FIXED.items():
+        if raw.get(name, only) != only:
+            raise UserError(f"{where}: {name} is {raw[name]!r}; this model has {only!r} only")
+    for old, new in _OLD_NAMES.items():
+        if old in raw:
+            raw.setdefault(new, raw[old])
+    try:
+        if "layers_block_type" in raw or "layer_types" in raw:
+            layers = patterns.from_hf(raw.get("layers_block_type") or raw["layer_types"])
+        elif "hybrid_override_pattern" in raw:
+            layers = patterns.parse(raw["hybrid_override_pattern"])
+        else:
+            raise UserError(f"{where}: neither layers_block_type nor hybrid_override_pattern is there")
+        physical = int(raw.get("num_nextn_predict_layers") or 0)
+        mtp = ""
+        if physical:
+            if raw.get("mtp_layers_block_type"):
+                mtp = patterns.from_hf(raw["mtp_layers_block_type"])
+            else:
+                mtp = patterns.parse(raw.get("mtp_hybrid_override_pattern") or "*E")
+    except patterns.PatternError as error:
+        raise UserError(f"{where}: {error}") from None
+    if physical > 1:
+        raise UserError(f"{where}: num_nextn_predict_layers is {physical}; one shared MTP block is all there can be")
+    known = {name: raw[name] for name in _SAME if name in raw}
+    for name in ("moe_latent_size", "bos_token_id", "eos_token_id", "pad_token_id"):
+        known[name] = raw.get(name)
+        if isinstance(known[name], list):
+            known[name] = known[name][0]
+    limit = raw.get("time_step_limit", [0.0, math.inf])
+    known["time_step_limit"] = [float(v["__float__"]) if isinstance(v, Mapping) else float(v) for v in limit]
+    if "router_aux_loss_coef" in raw:
+        known["router_aux_loss_coef"] = raw["router_aux_loss_coef"]
+    depth, weight = raw.get("mtp_training_depth") or 2, raw.get("mtp_loss_weight", 0.3)
+    config = ModelConfig(pattern=layers, mtp=MTPConfig(mtp, depth, weight), **known)
+    for name, sentence in config.problems():
+        raise UserError(f"{where}: {name}: {sentence}")
+    return config
+
+
+def load_config(model_dir: str | Path) -> ModelConfig:
+    """The ModelConfig of a MODEL_DIR.
+
+    transformers keeps the MTP keys of a config but drops the MTP tensors when it saves; such a directory is opened
+    without MTP, with a warning.
+    """
+    path = Path(model_dir) / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{model_dir} is no MODEL_DIR: it has no config.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    config = config_from_hf(raw, str(path))
+    if config.mtp_layers and not any(name.startswith("mtp.") for name in TensorFiles(Path(model_dir)).names()):
+        logging.getLogger(__name__).warning(
+            "%s describes an MTP block but holds no mtp.* tensor (transformers drops them when saving): opened without",
+            model_dir,
+        )
+        config.mtp.pattern = ""
+    return config
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+class TensorFiles:
+    """The safetensors of a MODEL_DIR, read tensor by tensor."""
+
+    def __init__(self, model_dir: Path):
+        from safetensors import SafetensorError, safe_open
+
+        index = model_dir / "model.safetensors.index.json"
+        if index.exists():
+            where = json.loads(index.read_text())["weight_map"]
+            missing = sorted({name for name in where.values() if not (model_dir / name).exists()})
+            if missing:
+                raise UserError(f"{model_dir} misses the shard {', '.join(missing)} that its index names")
+            names = sorted(set(where.values()))
+        else:
+            names = sorted(path.name for path in model_dir.glob("*.safetensors"))
+            if not names:
+                raise UserError(f"{model_dir} has no .safetensors file")
+        self._open, self._handle = {}, {}
+        for name in names:
+            try:
+                handle = safe_open(model_dir / name, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{model_dir / name} cannot be read: {error}") from None
+            for key in handle.keys():  # noqa: SIM118 - not a dict
+                self._open[key] = handle
+        if index.exists():
+            lost = sorted(set(where) - set(self._open))
+            if lost:
+                raise UserError(f"{model_dir}: the index names tensors that no shard holds: {', '.join(lost[:8])}")
+
+    def names(self) -> set[str]:
+        return set(self._open)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._open[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._open[name].get_slice(name)[:0].dtype if self.shape(name) else self.get(name).dtype
+
+    def get(self, name: str) -> Tensor:
+        return self._open[name].get_tensor(name)
+
+
+def check_tensors(table: list[Row], files: TensorFiles, where: str) -> None:
+    """UserError that lists every tensor missing, unexpected, or of a wrong shape."""
+    expected = {name: row.shape for row in table for name in row.theirs}
+    have = files.names()
+    problems = [f"missing {name}" for name in expected if name not in have]
+    problems += [f"unexpected {name}" for name in sorted(have - set(expected))]
+    for name in expected:
+        if name in have and files.shape(name) != expected[name]:
+            problems.append(f"{name} is {list(files.shape(name))}, not {list(expected[name])}")
+    if problems:
+        raise UserError(f"{where} does not fit its config.json: {'; '.join(problems)}")
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, model_dir: Path) -> None:
+    """Copy a MODEL_DIR's tensors into a model, one at a time; a rank that holds a part keeps only its part."""
+    files, table = TensorFiles(model_dir), rows(model)
+    check_tensors(table, files, str(model_dir))
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    for row in table:
+        target = tensors[row.ours]
+        copy_whole(target, from_hf(row, [files.get(name) for name in row.theirs], target.shape))
+
+
+def load_model(cls, model_dir: Path, *, dtype=None, device="cpu", kernels=None):
+    """See HybridLM.from_pretrained."""
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    config = load_config(model_dir)
+    model = cls(config, device="meta", kernels=kernels)
+    if dtype is None:
+        files = TensorFiles(model_dir)
+        table = rows(model)
+        check_tensors(table, files, str(model_dir))
+        dtype = files.dtype(table[0].theirs[0])
+    materialise(model, dtype, device)
+    model.dtype = dtype
+    load_weights(model, model_dir)
+    return model.eval()
+
+
+def materialise(model: nn.Module, dtype: torch.dtype, device: str | torch.device) -> None:
+    """Allocate a meta model's tensors: `dtype`, but float32 for what always stays so (float64 where dtype is)."""
+    wide = torch.promote_types(dtype, torch.float32)
+    done: dict[int, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in done:  # a tied head stays tied
+                kind = wide if FLOAT32.search(f"{prefix}.{leaf}") else dtype
+                done[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=kind, device=device))
+            module._parameters[leaf] = done[id(parameter)]
+        for leaf, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[leaf] = torch.zeros(buffer.shape, dtype=wide, device=device)
+
+
+@torch.no_grad()
+def save_model(
+    model: nn.Module, model_dir: Path, *, dtype: torch.dtype | None = None, tokenizer=None, shard_bytes: int = 5 * 10**9
+) -> None:
+    """Write config.json, generation_config.json, sharded safetensors with their index, and the tokenizer if given.
+
+    dtype None keeps the weights' own; what FLOAT32 names stays float32. Shards are written as they fill, so that no
+    second copy of the model is held.
+    """
+    from safetensors.torch import save_file
+
+    model_dir.mkdir(parents=True, exist_ok=True)
+    for stale in model_dir.glob("model*.safetensors*"):
+        stale.unlink()
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    stored = dtype or tensors["embedding.weight"].dtype
+    shards: list[dict[str, str]] = []  # names -> file, filled in when the number of shards is known
+    shard: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal shard, size
+        if shard:
+            save_file(shard, model_dir / f"model-{len(shards) + 1:05d}.partial", metadata={"format": "pt"})
+            shards.append(dict.fromkeys(shard, ""))
+            shard, size = {}, 0
+
+    for row in rows(model):
+        tensor = tensors[row.ours].detach()
+        if dtype is not None:
+            tensor = tensor.to(torch.promote_types(dtype, torch.float32) if FLOAT32.search(row.ours) else dtype)
+        for name, part in to_hf(row, tensor.cpu()):
+            nbytes = part.numel() * part.element_size()
+            if size + nbytes > shard_bytes:
+                flush()
+            shard[name] = part.contiguous().clone() if len(row.theirs) > 1 else part.contiguous()
+            size, total = size + nbytes, total + nbytes
+    flush()
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        single = len(shards) == 1
+        file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (model_dir / f"model-{number:05d}.partial").rename(model_dir / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (model_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (model_dir / "config.json").write_text(json.dumps(config_to_hf(config, stored), indent=2) + "\n")
+    ids = {k: v for k in ("bos_token_id", "eos_token_id", "pad_token_id") if (v := getattr(config, k)) is not None}
+    (model_dir / "generation_config.json").write_text(json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(model_dir)
