@@ -76,6 +76,9 @@ def select(device: str | torch.device = "cpu", wanted: Mapping[str, str] | None 
     """
     kind = torch.device(device).type
     kind = "cpu" if kind == "meta" else kind
+    for op in wanted or {}:
+        if op not in OPS:
+            raise ValueError(f"kernels.{op}: no such op; there are {', '.join(OPS)}")
     functions: dict[str, Callable] = {}
     choices = []
     for op, backends in OPS.items():

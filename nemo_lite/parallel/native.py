@@ -1,7 +1,172 @@
-"""The native engine: one process, or FSDP2 over the processes of torchrun."""
+"""The native engine: one process, or FSDP2 over the processes that torchrun started.
+
+Every layer is one FSDP2 group, gathered in the computing dtype. What must stay in float32 (norms, routers, A_log, D,
+dt_bias, the convolution) is small: it is left out of the groups and replicated, so that no mixed precision casts it, and
+its gradients are summed over the ranks by one all-reduce.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nemo_lite.config import Recipe, UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the run's: rank, size, its device, and torch's device mesh (None for one process)."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: object | None = None
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def from_main(self, value):
+        """Rank 0's value of a small Python object, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def start(device: str = "auto") -> World:
+    """Join torchrun's processes where there are any (gloo on CPU, NCCL on CUDA)."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device is cuda, but torch sees no CUDA device")
+    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    place = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(place)
+    if size == 1:
+        return World(rank, size, place)
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    return World(rank, size, place, init_device_mesh(kind, (size,), mesh_dim_names=("dp",)))
+
+
+def stop(world: World) -> None:
+    """Leave the process group."""
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+def stays_float32(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters that no mixed precision may cast: everything that is no linear, expert, embedding or head."""
+    from nemo_lite.parallel.layers import Embedding, Experts, Head, Linear
+
+    cast = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, Linear | Experts | Embedding | Head)
+        for parameter in module.parameters(recurse=False)
+    }
+    return {parameter for parameter in model.parameters() if id(parameter) not in cast}
+
+
+def parallelize(model: nn.Module, world: World, recipe: Recipe) -> nn.Module:
+    """Shard a model over the ranks with FSDP2; with one process it stays as it is."""
+    if world.size == 1:
+        return model
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    reduce = torch.float64 if recipe.train.dtype == "float64" else getattr(torch, recipe.precision.reduce_dtype)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if recipe.train.dtype == "bfloat16" else None,
+        reduce_dtype=reduce,
+        cast_forward_inputs=False,
+    )
+    replicated = stays_float32(model)
+
+    def shard(module, reshard: bool) -> None:
+        fully_shard(
+            module, mesh=world.mesh, reshard_after_forward=reshard, mp_policy=policy, ignored_params=replicated
+        )
+
+    reshard = recipe.parallel.reshard_after_forward
+    blocks = list(model.layers) + (list(model.mtp.layers) if model.mtp is not None else [])
+    for block in blocks:
+        shard(block, reshard)
+    if model.mtp is not None:
+        shard(model.mtp.eh_proj, reshard)
+    # Read several times a step (every MTP depth), so they stay gathered through the forward.
+    if model.config.tie_word_embeddings:
+        shard([model.embedding, model.head], False)
+    else:
+        shard(model.embedding, False)
+        shard(model.head, False)
+    shard(model, False)
+    # Nothing writes into an output in place, which is what this warning is about.
+    warnings.filterwarnings("ignore", message=".*returned a view tensor.*", category=UserWarning)
+    for module in model.modules():
+        if hasattr(module, "set_gradient_divide_factor"):
+            # Losses are divided by global counts already. A plain sum: gloo has no premultiplied one.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+    return model
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def sum_replicated_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Sum over the ranks the gradients of the parameters that every rank holds whole."""
+    if world.size == 1:
+        return
+    with_gradient = [p for p in parameters if not is_sharded(p)]
+    for p in with_gradient:
+        if p.grad is None:  # every rank must bring the same tensors
+            p.grad = torch.zeros_like(p)
+    for dtype in sorted({p.dtype for p in with_gradient}, key=str):
+        gradients = [p.grad for p in with_gradient if p.dtype == dtype]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+            gradient.copy_(part.view_as(gradient))
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], world: World) -> Tensor:
+    """The L2 norm of all gradients of all ranks, float64, the same on every rank."""
+    total = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for p in parameters:
+        if p.grad is not None:
+            norm = torch.linalg.vector_norm(local(p.grad), dtype=torch.promote_types(p.dtype, torch.float32))
+            total[int(is_sharded(p))] += norm.double().square()
+    sharded = world.sum_(total[1].clone()) if world.size > 1 else total[1]
+    return (total[0] + sharded).sqrt()
 
 
 def copy_whole(parameter: Tensor, whole: Tensor) -> None:

@@ -1,0 +1,401 @@
+"""The training loop: one function that reads top to bottom, and the step it repeats."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_lite.config import Recipe, UserError, recipe_to_yaml
+from nemo_lite.data import PackedLoader, check_vocabulary, load_tokenizer, prepare, validation_batches
+from nemo_lite.model.hybrid import HybridLM, Normalizers
+from nemo_lite.parallel.layers import Layers
+from nemo_lite.parallel.native import (
+    World,
+    gradient_norm,
+    parallelize,
+    stop,
+    sum_replicated_gradients,
+)
+from nemo_lite.parallel.native import start as start_world
+from nemo_lite.train.checkpoint import Checkpointer, newest_whole, read_state
+from nemo_lite.train.loss import label_counts
+from nemo_lite.train.metrics import Metrics, environment, load_summary, memory_gb, peak_flops
+from nemo_lite.train.optim import build_optimizer, clip_, update_router_biases
+from nemo_lite.train.schedule import learning_rate
+
+
+@dataclass
+class TrainState:
+    """Where a run is. It is in every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    nonfinite_in_a_row: int = 0
+
+
+@dataclass
+class StepResult:
+    """What one step measured, over all ranks."""
+
+    losses: list[float]  # next token, then each MTP depth
+    aux_loss: float
+    grad_norm: float
+    finite: bool
+    stop: bool
+    expert_counts: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        return self.losses[0]
+
+
+def train(recipe: Recipe) -> Path:
+    """Train as the recipe says, or go on with the run that its run_dir holds; the run's directory."""
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    with ExitStack() as stack:
+        world = start_world(recipe.train.device)
+        stack.callback(stop, world)
+        return _train(recipe, world, stack)
+
+
+def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
+    run_dir, config = Path(recipe.run_dir or "runs/run"), recipe.train
+    say = (lambda text: print(text, flush=True)) if world.main else (lambda text: None)
+
+    # Data.
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    check_vocabulary(tokenizer, recipe.model.vocab_size)
+    if world.main:
+        prepare(recipe.data, tokenizer, validation=recipe.eval.every > 0, progress=say)
+    world.barrier()
+    loader = stack.enter_context(
+        PackedLoader(
+            recipe.data, tokenizer, seed=recipe.seed, global_batch_size=config.global_batch_size, rank=world.rank,
+            world_size=world.size, device=world.device,
+        )
+    )  # fmt: skip
+    held_out = None
+    if recipe.eval.every:
+        held_out = validation_batches(
+            recipe.data, tokenizer, rows_per_batch=config.global_batch_size, num_batches=recipe.eval.batches,
+            rank=world.rank, world_size=world.size,
+        )  # fmt: skip
+    byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=world.device)
+
+    # Model and optimizer.
+    resume = world.from_main(str(newest_whole(run_dir, say) or "") if world.main else None)
+    if resume:
+        _refuse_other_model(Path(resume), recipe)
+    model = build_model(recipe, world, fresh=not resume)
+    if recipe.model.eos_token_id is None:
+        model.config.eos_token_id, model.config.pad_token_id = tokenizer.eod_id, tokenizer.pad_id
+    optimizer = build_optimizer(model, recipe.optim)
+
+    # Where the run is.
+    state = TrainState()
+    saver = Checkpointer(run_dir, recipe.checkpoint, world, say)
+    stack.callback(saver.close)
+    if resume:
+        saved = saver.load(Path(resume), model, optimizer)
+        state = TrainState(**saved["train"])
+        loader.load_state_dict(saved["data"])
+        say(f"resuming {run_dir} at step {state.step} of {config.steps}")
+
+    metrics = None
+    peak = peak_flops(world.device, getattr(torch, config.dtype))
+    machine_peak = float(world.sum_(torch.tensor(peak[0] or 0.0, dtype=torch.float64, device=world.device)))
+    from nemo_lite.check import flops_per_token, parameter_counts
+
+    flops = flops_per_token(recipe.model, recipe.data.seq_len)["train"]
+    if world.main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+        tokenizer.save_pretrained(run_dir / "tokenizer")
+        counts = parameter_counts(recipe.model)
+        facts = environment(
+            recipe, list(model.kernel_choices), device=world.device, peak=peak,
+            parameters={"total": counts["total"], "active": counts["active"]},
+        )  # fmt: skip
+        (run_dir / "env.json").write_text(json.dumps(facts, indent=1) + "\n")
+        metrics = stack.enter_context(
+            Metrics(run_dir, recipe.log, total_steps=config.steps, resume_step=state.step)
+        )
+        metrics.note(_introduction(recipe, world, model, loader))
+
+    def checkpoint() -> None:
+        saver.save(
+            state.step, model, optimizer,
+            {"step": state.step, "train": vars(state).copy(), "data": loader.state_dict(),
+             "model": _model_facts(recipe)},
+        )  # fmt: skip
+
+    model.train()
+    window = Window(state)
+    with signals() as stopping:
+        batches = iter(loader)
+        while state.step < config.steps:
+            waited = time.perf_counter()
+            batch = next(batches)
+            window.data_seconds += time.perf_counter() - waited
+            micros = list(batch.to(world.device).split(config.micro_batch_size))
+            rate = learning_rate(state.step, config.steps, recipe.optim, recipe.schedule)
+            result = train_step(model, optimizer, micros, rate, recipe, world, stopping())
+            state.step += 1
+            state.tokens += config.global_batch_size * recipe.data.seq_len
+            window.add(result)
+            if result.finite:
+                state.nonfinite_in_a_row = 0
+            else:
+                _not_finite(state, batch, run_dir, recipe, world, metrics)
+            saver.poll()
+            last = state.step == config.steps
+            if metrics is not None:
+                metrics.advance(state.step)
+                if state.step % recipe.log.every == 0 or last or state.step == 1:
+                    metrics.log(window.record(rate, machine_peak, flops, memory_gb(world.device), config.steps))
+            if held_out is not None and (state.step % recipe.eval.every == 0 or last):
+                record = evaluate(model, held_out, byte_lengths, world)
+                if metrics is not None:
+                    metrics.log({"step": state.step, "tokens": state.tokens, **record})
+                window.pause()
+            due = recipe.checkpoint.every and state.step % recipe.checkpoint.every == 0
+            if due or last or result.stop:
+                checkpoint()
+            if result.stop and not last:
+                saver.wait()
+                if metrics is not None:
+                    metrics.note(f"stopped by a signal after step {state.step}; the same command goes on from there")
+                break
+    saver.wait()
+    if metrics is not None:
+        from nemo_lite.train.report import write_report
+
+        metrics.note(f"checkpoint {run_dir}/checkpoints/step_{state.step}, report {write_report(run_dir)}")
+    world.barrier()
+    return run_dir
+
+
+def build_model(recipe: Recipe, world: World, fresh: bool = True) -> HybridLM:
+    """The recipe's model, sharded over the ranks, with initial weights (or init_from's) unless they come later."""
+    layers = Layers(world.device, vars(recipe.kernels))
+    model = HybridLM(recipe.model, device="meta", layers=layers)
+    if recipe.train.dtype == "float64":
+        model = model.double()
+    model.dtype = getattr(torch, recipe.train.dtype)
+    model.head.chunk = recipe.train.loss_chunk
+    model.recompute = recipe.train.recompute == "full"
+    model = parallelize(model, world, recipe)
+    model.to_empty(device=world.device)
+    if recipe.model.tie_word_embeddings:
+        model.head.weight = model.embedding.weight
+    if fresh and recipe.init_from:
+        from nemo_lite.model.hf import load_weights
+
+        load_weights(model, Path(recipe.init_from))
+    elif fresh:
+        model.init_weights(recipe.seed)
+    if recipe.train.compile:
+        for block in [*model.layers, *(model.mtp.layers if model.mtp is not None else [])]:
+            block.compile()
+    return model
+
+
+def train_step(
+    model: HybridLM,
+    optimizer: torch.optim.Optimizer,
+    micros: list[Any],
+    rate: float,
+    recipe: Recipe,
+    world: World,
+    stopping: bool = False,
+) -> StepResult:
+    """One optimizer step over this rank's microbatches of a global batch.
+
+    Every sum is divided by the global batch's own count, known before the first backward. One all-reduce carries the
+    losses, the routers' counts and whether a rank was asked to stop.
+    """
+    depth = model.config.mtp.depth if model.mtp is not None else 0
+    counts = sum(label_counts(micro.labels, micro.doc_ids, depth) for micro in micros)
+    counts = world.sum_(torch.as_tensor(counts, device=world.device))
+    normalizers = Normalizers([float(n) for n in counts], float(recipe.train.global_batch_size))
+    names: list[str] = []
+    sums: Tensor | None = None
+    for i, micro in enumerate(micros):
+        if world.size > 1:
+            model.set_requires_gradient_sync(i == len(micros) - 1)
+        out = model(micro.input_ids, doc_ids=micro.doc_ids, labels=micro.labels, normalizers=normalizers)
+        out.loss.backward()
+        names = list(out.expert_counts)
+        measured = torch.cat([out.losses, out.aux_loss[None], *out.expert_counts.values()]).double()
+        sums = measured if sums is None else sums + measured
+    assert sums is not None
+    sums = world.sum_(torch.cat([sums, sums.new_tensor([float(stopping)])]))
+
+    parameters = list(model.parameters())
+    sum_replicated_gradients(parameters, world)
+    norm = float(gradient_norm(parameters, world))
+    losses = sums[: depth + 1].tolist()
+    finite = math.isfinite(norm) and all(math.isfinite(x) for x in losses)
+    experts = dict(zip(names, sums[depth + 2 : -1].split(model.config.n_routed_experts))) if names else {}
+    if finite:
+        clip_(parameters, norm, recipe.optim.clip_grad)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        update_router_biases(model, experts)
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(losses, float(sums[depth + 1]), norm, finite, bool(sums[-1] > 0), experts)
+
+
+@torch.no_grad()
+def evaluate(model: HybridLM, batches: Iterable, byte_lengths: Tensor, world: World) -> dict[str, Any]:
+    """Validation: loss, MTP losses by depth, and bits per UTF-8 byte of the predicted tokens."""
+    depth = model.config.mtp.depth if model.mtp is not None else 0
+    totals = torch.zeros(2 * depth + 3, dtype=torch.float64, device=world.device)
+    model.eval()
+    for batch in batches:
+        batch = batch.to(world.device)
+        out = model(
+            batch.input_ids, doc_ids=batch.doc_ids, labels=batch.labels,
+            normalizers=Normalizers([1.0] * (depth + 1), 1.0),
+        )  # fmt: skip
+        totals[: depth + 1] += out.losses.double()
+        totals[depth + 1 : -1] += label_counts(batch.labels, batch.doc_ids, depth)
+        targets = batch.labels[:, 1:][(batch.doc_ids[:, 1:] == batch.doc_ids[:, :-1]) & (batch.labels[:, 1:] >= 0)]
+        totals[-1] += byte_lengths[targets].sum()
+    model.train()
+    sums = world.sum_(totals).tolist()
+    losses = [total / max(count, 1.0) for total, count in zip(sums[: depth + 1], sums[depth + 1 : -1])]
+    bits = sums[0] / math.log(2) / max(sums[-1], 1.0)
+    return {"val_loss": losses[0], "val_mtp_loss": losses[1:], "val_bits_per_byte": bits}
+
+
+class Window:
+    """The steps since the last log line."""
+
+    def __init__(self, state: TrainState):
+        self.state = state
+        self.clear()
+
+    def clear(self) -> None:
+        self.started, self.results, self.data_seconds = time.perf_counter(), [], 0.0
+        self.paused: float | None = None
+
+    def pause(self) -> None:
+        """Validation took time that is not training's."""
+        if not self.results:
+            self.started = time.perf_counter()
+
+    def add(self, result: StepResult) -> None:
+        self.results.append(result)
+
+    def record(self, rate: float, peak: float, flops: int, memory: float, steps: int) -> dict[str, Any]:
+        """The line of metrics.jsonl for these steps: the last step's losses, the interval's speed and expert load."""
+        state, last = self.state, self.results[-1]
+        seconds = time.perf_counter() - self.started
+        done = len(self.results)
+        speed = done * (state.tokens / state.step) / seconds
+        experts: dict[str, Tensor] = {}
+        for result in self.results:
+            for name, n in result.expert_counts.items():
+                experts[name] = experts.get(name, 0) + n
+        record = {
+            "step": state.step, "tokens": state.tokens, "loss": last.loss, "mtp_loss": last.losses[1:],
+            "aux_loss": last.aux_loss, "lr": rate, "grad_norm": last.grad_norm, "tokens_per_second": speed,
+            "mfu": speed * flops / peak if peak else None, "memory_gb": memory,
+            "eta_seconds": (steps - state.step) * seconds / done, "skipped_steps": state.skipped_steps,
+            "data_seconds": self.data_seconds,
+            **(load_summary(experts) if experts else {}),
+        }  # fmt: skip
+        self.clear()
+        return record
+
+
+@contextmanager
+def signals() -> Iterator[Any]:
+    """Note SIGTERM and SIGINT instead of dying of them: the loop finishes its step and saves. Asked twice, it dies."""
+    asked = False
+    before = {}
+
+    def note(number, frame) -> None:
+        nonlocal asked
+        if asked:
+            signal.signal(number, before[number])
+            os.kill(os.getpid(), number)
+        asked = True
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: signals stay as they are
+        before.clear()
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _not_finite(state: TrainState, batch, run_dir: Path, recipe: Recipe, world: World, metrics) -> None:
+    """Count a skipped step; after too many in a row, save which batch it was and stop."""
+    state.skipped_steps += 1
+    state.nonfinite_in_a_row += 1
+    if metrics is not None:
+        metrics.note(f"step {state.step}: loss or gradient is not finite, step skipped ({state.nonfinite_in_a_row} in a row)")
+    if state.nonfinite_in_a_row >= recipe.train.max_nonfinite:
+        path = run_dir / f"nonfinite_step_{state.step}_rank_{world.rank}.json"
+        path.write_text(json.dumps({"step": state.step, "rows": batch.rows, "sources": batch.sources}) + "\n")
+        raise UserError(
+            f"the loss or gradient was not finite for {state.nonfinite_in_a_row} steps in a row; the last batch is "
+            f"named in {path}; lower optim.lr or go back to an earlier checkpoint"
+        )
+
+
+def _model_facts(recipe: Recipe) -> dict[str, Any]:
+    """The part of the model that a checkpoint's tensors hang on, flat."""
+    from dataclasses import asdict
+
+    facts = asdict(recipe.model)
+    free = ("router_aux_loss_coef", "router_bias_update_rate", "max_position_embeddings", "initializer_range",
+            "bos_token_id", "eos_token_id", "pad_token_id", "chunk_size")  # fmt: skip
+    flat = {f"model.{name}": value for name, value in facts.items() if name not in (*free, "mtp")}
+    flat["model.pattern"] = recipe.model.layers
+    flat["model.mtp.pattern"] = facts["mtp"]["pattern"]
+    return json.loads(json.dumps(flat))
+
+
+def _refuse_other_model(folder: Path, recipe: Recipe) -> None:
+    saved, mine = read_state(folder)["model"], _model_facts(recipe)
+    differ = [f"{k} is {mine.get(k)!r} and was {saved.get(k)!r}" for k in mine if mine.get(k) != saved.get(k)]
+    if differ:
+        raise UserError(
+            f"{folder.parent.parent} holds a run of another model ({'; '.join(differ)}); set the old values again, or "
+            "another run_dir"
+        )
+
+
+def _introduction(recipe: Recipe, world: World, model: HybridLM, loader: PackedLoader) -> str:
+    from nemo_lite.check import parameter_counts, short
+
+    counts = parameter_counts(recipe.model)
+    kernels = ", ".join(f"{c['op']}={c['backend']}" for c in model.kernel_choices)
+    batch = recipe.train.global_batch_size * recipe.data.seq_len
+    return (
+        f"{recipe.model.pattern}{f' + MTP {recipe.model.mtp.pattern}' if recipe.model.mtp.pattern else ''}: "
+        f"{short(counts['total'])} parameters, {short(counts['active'])} active; {world.size} x {world.device.type}, "
+        f"{recipe.train.dtype}; {short(batch)} tokens a step of {short(sum(loader.tokens_per_epoch))} an epoch; "
+        f"kernels: {kernels}"
+    )
