@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("nemo_lite.train.__main__:main", "train a recipe; an existing run resumes"),
     "check": ("nemo_lite.check:main", "resolve a recipe; count parameters, FLOPs and memory"),
     "export": ("nemo_lite.export:main", "write a run or checkpoint as a Hugging Face MODEL_DIR"),
+    "evaluate": ("nemo_lite.evaluate:main", "bits per byte, expert load and MTP acceptance on held-out text"),
     "generate": ("nemo_lite.generate:main", "complete text with a MODEL_DIR"),
     "tokenizer": ("nemo_lite.data.tokenizer:main", "train a tokenizer on a folder of text"),
     "report": ("nemo_lite.train.report:main", "write report.html of a run"),

@@ -1,9 +1,9 @@
 """Draft, sample, accept: the pure functions of decoding, and the plain loop over them.
 
-Speculative decoding (arXiv 2211.17192): the MTP block drafts K tokens from a distribution q, the trunk reads them in one
-forward and gives p; draft d is kept with probability min(1, p(d)/q(d)), the first one refused is replaced by a draw from
-max(p - q, 0), and when all are kept one more token is drawn from p. What comes out is distributed as p, exactly; greedy
-decoding is the case where p and q are one-hot.
+Speculative decoding (arXiv 2211.17192): the MTP block drafts K tokens from a distribution q, the trunk reads them in
+one forward and gives p; draft d is kept with probability min(1, p(d)/q(d)), the first one refused is replaced by a draw
+from max(p - q, 0), and when all are kept one more token is drawn from p. What comes out is distributed as p, exactly;
+greedy decoding is the case where p and q are one-hot.
 
 Shape letters: B rows, L prompt length, V vocabulary, K drafts.
 """
@@ -56,11 +56,14 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def draw(probs_V: Tensor, generator: torch.Generator | None) -> int:
-    """One token from a distribution (which need not be normalised)."""
+    """One token from a distribution (which need not be normalised). A certain one takes no random number."""
+    possible = probs_V.nonzero()
+    if len(possible) == 1:
+        return int(possible)
     cumulative = probs_V.double().cumsum(0)
     point = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1].cpu()
     index = int(torch.searchsorted(cumulative, point.to(cumulative.device), right=True))
-    return min(index, int(probs_V.nonzero()[-1]))  # rounding must not reach a token of probability 0
+    return min(index, int(possible[-1]))  # rounding must not reach a token of probability 0
 
 
 def accept(
@@ -81,6 +84,7 @@ def accept(
 class Stats:
     """Counts of one generation. Acceptance length = 1 + accepted drafts / verify steps."""
 
+    rows: int = 1
     prompt_tokens: int = 0
     new_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -92,8 +96,9 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens after the first one, per second of decoding."""
-        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds and self.new_tokens > 1 else 0.0
+        """New tokens after each row's first one, which is the prefill's, per second of decoding."""
+        decoded = self.new_tokens - self.rows
+        return decoded / self.decode_seconds if decoded > 0 and self.decode_seconds else 0.0
 
     @property
     def acceptance_length(self) -> float:
@@ -156,11 +161,13 @@ def generate(
         raise UserError("this model has no MTP block to draft with; generate without speculation")
     if speculative and draft_tokens < 1:
         raise UserError(f"draft_tokens must be 1 or more, not {draft_tokens}")
+    if prefill_chunk < 1:
+        raise UserError(f"prefill_chunk must be 1 or more, not {prefill_chunk}")
     if L == 0 or (doc_ids is not None and bool((doc_ids < 0).all(1).any())):
         raise UserError("the prompt is empty; give at least one token")
     was_training, generators = model.training, [torch.Generator().manual_seed(seed + b) for b in range(B)]
     model.eval()
-    stats = Stats(prompt_tokens=B * L if doc_ids is None else int((doc_ids >= 0).sum()))
+    stats = Stats(rows=B, prompt_tokens=B * L if doc_ids is None else int((doc_ids >= 0).sum()))
     stats.accepted_at = [0] * (draft_tokens if speculative else 0)
     cache = model.new_cache(B, speculative=speculative and drafter is None)
     rows: list[list[int]] = [[] for _ in range(B)]

@@ -1,4 +1,4 @@
-"""Settings for every test: one thread (tiny tensors are slower with more) and property tests that repeat exactly in CI."""
+"""Settings for every test: one thread (tiny tensors are slower with more), property tests that repeat exactly in CI."""
 
 import os
 

@@ -11,12 +11,27 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 def tiny_config(pattern: str = "MEM*E", mtp: str = "", depth: int = 2, **sizes) -> ModelConfig:
     """A model of some ten thousand parameters, with weights large enough that every part shows in the logits."""
-    defaults = dict(
-        vocab_size=61, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8, mamba_num_heads=4,
-        mamba_head_dim=8, ssm_state_size=8, n_groups=2, chunk_size=16, intermediate_size=48, n_routed_experts=8,
-        num_experts_per_tok=3, moe_intermediate_size=24, moe_latent_size=16, moe_shared_expert_intermediate_size=40,
-        initializer_range=0.1, routed_scaling_factor=2.5, router_aux_loss_coef=0.0,
-    )  # fmt: skip
+    defaults = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 16,
+        "intermediate_size": 48,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "moe_latent_size": 16,
+        "moe_shared_expert_intermediate_size": 40,
+        "initializer_range": 0.1,
+        "routed_scaling_factor": 2.5,
+        "router_aux_loss_coef": 0.0,
+    }
     return ModelConfig(pattern=pattern, mtp=MTPConfig(mtp, depth), **(defaults | sizes))
 
 
@@ -61,7 +76,9 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        results = [r for r in (result if isinstance(result, (list, tuple)) else [result]) if isinstance(r, torch.Tensor)]
+        results = [
+            r for r in (result if isinstance(result, (list, tuple)) else [result]) if isinstance(r, torch.Tensor)
+        ]
         # Meta copies: shapes and dtypes are what is asked about, and nothing is kept alive.
         self.calls.append((func.overloadpacket.__name__, [_shape(t) for t in tensors], [_shape(t) for t in results]))
         return result

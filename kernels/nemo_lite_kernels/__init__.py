@@ -67,6 +67,7 @@ class Ops:
     choices: tuple[dict, ...]
     ssd_recurrent: Callable = staticmethod(_ssd.ssd_recurrent)
     attention_cached: Callable = staticmethod(_attention.attention_cached)
+    squared_relu: Callable = staticmethod(_moe.squared_relu)
 
 
 def select(device: str | torch.device = "cpu", wanted: Mapping[str, str] | None = None) -> Ops:

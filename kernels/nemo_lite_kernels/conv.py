@@ -11,7 +11,7 @@ inputs before this call, or None for zeros) and return y_BLC in x's dtype.
 import torch
 import torch.nn.functional as F
 
-from nemo_lite_kernels.common import accumulate_dtype
+from nemo_lite_kernels.common import accumulate_dtype, row_blocks
 
 
 def _same_document(reset_BL, width: int):
@@ -50,41 +50,65 @@ def causal_conv_lean(x_BLC, weight_CW, bias_C, reset_BL=None, window_BwC=None):
 
 
 class _LeanConv(torch.autograd.Function):
+    """Row by row and a block of time at a time; a block reads W-1 inputs before it (backward: outputs after it)."""
+
     @staticmethod
-    def _before_silu(x, weight_CW, bias_C, masks):
-        L, W = x.shape[1], weight_CW.shape[1]
-        y = torch.addcmul(bias_C, x, weight_CW[:, W - 1])
-        for lag in range(1, min(W, L)):
-            tap = x[:, : L - lag]
+    def _before_silu(x, start, stop, weight_CW, bias_C, masks):
+        """Convolution and bias of outputs start..stop of one row x [L, C]."""
+        W, dtype = weight_CW.shape[1], weight_CW.dtype
+        low = max(start - W + 1, 0)
+        wide = x[low:stop].to(dtype)
+        y = torch.addcmul(bias_C, wide[start - low :], weight_CW[:, W - 1])
+        for lag in range(1, W):
+            first = max(start, lag)  # the first output that has an input `lag` before it
+            if first >= stop:
+                break
+            tap = wide[first - lag - low : stop - lag - low]
             if masks is not None:
-                tap = tap * masks[lag - 1][:, lag:]
-            y[:, lag:].addcmul_(tap, weight_CW[:, W - 1 - lag])
+                tap = tap * masks[lag - 1][first:stop]
+            y[first - start :].addcmul_(tap, weight_CW[:, W - 1 - lag])
         return y
 
     @staticmethod
     def forward(ctx, x_BLC, weight_CW, bias_C, masks):
         dtype = accumulate_dtype(x_BLC)
+        weight, bias = weight_CW.to(dtype), bias_C.to(dtype)
+        y = torch.empty_like(x_BLC, memory_format=torch.contiguous_format)
+        for b, x in enumerate(x_BLC):
+            row_masks = [mask[b] for mask in masks] if masks is not None else None
+            for part in row_blocks(*x.shape, x.device):
+                stop = min(part.stop, x.shape[0])
+                y[b, part] = F.silu(_LeanConv._before_silu(x, part.start, stop, weight, bias, row_masks), inplace=True)
         ctx.save_for_backward(x_BLC, weight_CW, bias_C)
         ctx.masks = masks
-        return F.silu(_LeanConv._before_silu(x_BLC.to(dtype), weight_CW.to(dtype), bias_C.to(dtype), masks)).to(
-            x_BLC.dtype
-        )
+        return y
 
     @staticmethod
     def backward(ctx, dy_BLC):
         x_BLC, weight_CW, bias_C = ctx.saved_tensors
         dtype = accumulate_dtype(x_BLC)
-        x, weight = x_BLC.to(dtype), weight_CW.to(dtype)
-        L, W = x.shape[1], weight.shape[1]
-        before = _LeanConv._before_silu(x, weight, bias_C.to(dtype), ctx.masks)
-        dbefore = torch.ops.aten.silu_backward(dy_BLC.to(dtype), before)
-        dx = dbefore * weight[:, W - 1]
-        dweight = torch.zeros_like(weight)
-        dweight[:, W - 1] = (dbefore * x).sum((0, 1))
-        for lag in range(1, min(W, L)):
-            tap = dbefore[:, lag:]
-            if ctx.masks is not None:
-                tap = tap * ctx.masks[lag - 1][:, lag:]
-            dx[:, : L - lag].addcmul_(tap, weight[:, W - 1 - lag])
-            dweight[:, W - 1 - lag] = (tap * x[:, : L - lag]).sum((0, 1))
-        return dx.to(x_BLC.dtype), dweight.to(weight_CW.dtype), dbefore.sum((0, 1)).to(bias_C.dtype), None
+        weight, bias = weight_CW.to(dtype), bias_C.to(dtype)
+        L, W = x_BLC.shape[1], weight.shape[1]
+        dx_BLC = torch.empty_like(x_BLC, memory_format=torch.contiguous_format)
+        dweight_WC, dbias = torch.zeros_like(weight.T, memory_format=torch.contiguous_format), torch.zeros_like(bias)
+        for b, (x, dy) in enumerate(zip(x_BLC, dy_BLC)):
+            masks = [mask[b] for mask in ctx.masks] if ctx.masks is not None else None
+            for part in row_blocks(*x.shape, x.device):
+                start, stop = part.start, min(part.stop, L)
+                ahead = min(stop + W - 1, L)  # inputs of this block act on outputs up to here
+                before = _LeanConv._before_silu(x, start, ahead, weight, bias, masks)
+                d = torch.ops.aten.silu_backward(dy[start:ahead].to(dtype), before)
+                wide, n = x[start:stop].to(dtype), stop - start
+                dx = d[:n] * weight[:, W - 1]
+                dweight_WC[W - 1] += (d[:n] * wide).sum(0)
+                dbias += d[:n].sum(0)
+                for lag in range(1, W):
+                    tap = d[lag : lag + n]
+                    if len(tap) == 0:
+                        break
+                    if masks is not None:
+                        tap = tap * masks[lag - 1][start + lag : start + lag + len(tap)]
+                    dx[: len(tap)].addcmul_(tap, weight[:, W - 1 - lag])
+                    dweight_WC[W - 1 - lag] += (tap * wide[: len(tap)]).sum(0)
+                dx_BLC[b, part] = dx
+        return dx_BLC, dweight_WC.T.to(weight_CW.dtype), dbias.to(bias_C.dtype), None

@@ -10,7 +10,7 @@ for the backward pass.
 import torch
 import torch.nn.functional as F
 
-from nemo_lite_kernels.common import accumulate_dtype
+from nemo_lite_kernels.common import accumulate_dtype, row_blocks
 
 
 def rms_norm(x, weight, eps: float):
@@ -42,35 +42,53 @@ def gated_norm_lean(x, z, weight, eps: float, groups: int):
 
 
 class _LeanNorm(torch.autograd.Function):
+    """Both norms (z None: not gated), a block of rows at a time."""
+
     @staticmethod
     def forward(ctx, x, z, weight, eps, groups):
         dtype = accumulate_dtype(x)
-        h = x.to(dtype)
-        if z is not None:
-            h = h * F.silu(z.to(dtype))
-        h = h.unflatten(-1, (groups, -1))
-        size = h.shape[-1]
-        # ||h||^2 without an [.., H] temporary.
-        scale = (torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(size).add_(eps)).rsqrt_()
+        x2, z2 = x.flatten(0, -2), z.flatten(0, -2) if z is not None else None
+        rows, width = x2.shape
+        y = torch.empty(x2.shape, dtype=x.dtype, device=x.device)
+        scale = torch.empty(rows, groups, 1, dtype=dtype, device=x.device)
+        wide = weight.to(dtype)
+        for part in row_blocks(rows, width, x.device):
+            h = x2[part].to(dtype)
+            if z2 is not None:
+                h = F.silu(z2[part].to(dtype)).mul_(h)
+            h = h.unflatten(-1, (groups, -1))
+            # ||h||^2 without a temporary of h's size.
+            s = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(h.shape[-1]).add_(eps).rsqrt_()
+            scale[part] = s
+            y[part] = (h * s).flatten(-2).mul_(wide)
         ctx.save_for_backward(x, z, weight, scale)
-        ctx.groups = groups
-        return ((h * scale).flatten(-2) * weight.to(dtype)).to(x.dtype)
+        return y.view_as(x)
 
     @staticmethod
     def backward(ctx, dy):
         x, z, weight, scale = ctx.saved_tensors
-        dtype = accumulate_dtype(x)
-        h = x.to(dtype)
-        gate = F.silu(z.to(dtype)) if z is not None else None
-        if gate is not None:
-            h = h * gate
-        normed = h.unflatten(-1, (ctx.groups, -1)) * scale
-        dy = dy.to(dtype)
-        dweight = (dy * normed.flatten(-2)).flatten(0, -2).sum(0)
-        dnormed = (dy * weight.to(dtype)).unflatten(-1, (ctx.groups, -1))
-        along = (dnormed * normed).mean(-1, keepdim=True)
-        dh = dnormed.addcmul_(normed, along, value=-1).mul_(scale).flatten(-2)
-        if gate is None:
-            return dh.to(x.dtype), None, dweight.to(weight.dtype), None, None
-        dz = torch.ops.aten.silu_backward(dh * x.to(dtype), z.to(dtype))
-        return (dh * gate).to(x.dtype), dz.to(z.dtype), dweight.to(weight.dtype), None, None
+        dtype, groups = accumulate_dtype(x), scale.shape[1]
+        x2, dy2 = x.flatten(0, -2), dy.flatten(0, -2)
+        z2 = z.flatten(0, -2) if z is not None else None
+        dx = torch.empty(x2.shape, dtype=x.dtype, device=x.device)
+        dz = torch.empty(x2.shape, dtype=x.dtype, device=x.device) if z is not None else None
+        wide = weight.to(dtype)
+        dweight = torch.zeros_like(wide)
+        for part in row_blocks(*x2.shape, x.device):
+            h, d = x2[part].to(dtype), dy2[part].to(dtype)
+            if z2 is not None:
+                zp = z2[part].to(dtype)
+                gate = F.silu(zp)
+                h = h * gate
+            normed = h.unflatten(-1, (groups, -1)) * scale[part]
+            dnormed = d * normed.flatten(-2)
+            dweight += dnormed.sum(0)
+            along = dnormed.mul_(wide).unflatten(-1, (groups, -1)).mean(-1, keepdim=True)
+            dh = (d * wide).unflatten(-1, (groups, -1)).addcmul_(normed, along, value=-1).mul_(scale[part]).flatten(-2)
+            if z2 is None:
+                dx[part] = dh
+            else:
+                torch.mul(dh, gate, out=gate)
+                dx[part] = gate
+                dz[part] = torch.ops.aten.silu_backward(dh.mul_(x2[part]), zp)
+        return dx.view_as(x), dz.view_as(z) if dz is not None else None, dweight.to(weight.dtype), None, None

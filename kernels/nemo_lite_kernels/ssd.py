@@ -54,14 +54,15 @@ def ssd_chunked(
     """The chunked form: products of matrices inside a chunk, the recurrence only across chunks.
 
     Scores C B^T are built once per *group*; the backward pass is written out, so that only the inputs, the output and
-    the state at each chunk's start are kept.
+    the state at each chunk's start are kept. The chunk used is at most `chunk_size` (the result does not depend on it):
+    on a CPU one chunk's matrices should fit the second-level cache.
     """
     if all_states:
         return ssd_recurrent(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, reset_BL, state_BHPN, all_states=True)
     B, L, H, P = x_BLHP.shape
     G, N = B_BLGN.shape[2:]
     dtype = accumulate_dtype(x_BLHP)
-    l = min(chunk_size, L)
+    l = min(chunk_size, L, CPU_CHUNK if x_BLHP.device.type == "cpu" else chunk_size)
     pad = -L % l
     # Padding has dt = 0: it neither decays the state nor adds to it.
     x, dt, b, c = (
@@ -80,27 +81,49 @@ def ssd_chunked(
     return y.reshape(B, L + pad, H, P)[:, :L].to(x_BLHP.dtype), final
 
 
-def _decays(dt_Bclh: Tensor, A_h: Tensor, segment_Bcl: Tensor | None):
-    """Decays of a chunk: between tokens [B,c,h,l,l], from its start [B,c,l,h], to its end [B,c,l,h], whole [B,c,h]."""
-    cum_Bclh = (dt_Bclh * A_h).cumsum(2)
-    cum_Bchl = cum_Bclh.transpose(2, 3)
-    between = cum_Bchl[..., :, None] - cum_Bchl[..., None, :]
-    l = between.shape[-1]
-    causal = torch.ones(l, l, dtype=torch.bool, device=between.device).tril()
-    from_start = cum_Bclh.exp()
-    to_end = (cum_Bclh[:, :, -1:] - cum_Bclh).exp()
-    whole = cum_Bclh[:, :, -1].exp()
-    if segment_Bcl is None:
-        return between.masked_fill_(~causal, -torch.inf).exp_(), from_start, to_end, whole
-    same = (segment_Bcl[..., :, None] == segment_Bcl[..., None, :]) & causal
-    between = between.masked_fill_(~same[:, :, None], -torch.inf).exp_()
-    last_Bc = segment_Bcl[:, :, -1]
-    # The incoming state belongs to segment 0 at the row's start: a reset on the first token makes that one 1.
-    before_Bc = F.pad(last_Bc[:, :-1], (1, 0), value=0)
-    from_start = from_start * (segment_Bcl == before_Bc[..., None])[..., None]
-    to_end = to_end * (segment_Bcl == last_Bc[..., None])[..., None]
-    whole = whole * (last_Bc == before_Bc)[..., None]
-    return between, from_start, to_end, whole
+CPU_CHUNK = 64
+
+
+class _Decays:
+    """exp of sums of dt A inside each chunk: between two tokens, from the chunk's start, to its end, and over all of it.
+
+    Chunks of all rows are counted through, Z = B c. Across a document's start every decay is zero.
+    """
+
+    def __init__(self, dt_Bclh: Tensor, A_h: Tensor, segment_Bcl: Tensor | None):
+        B, c, l, h = dt_Bclh.shape
+        self.cum_Zlh = (dt_Bclh * A_h).cumsum(2).view(B * c, l, h)
+        self.cum_Zhl = self.cum_Zlh.transpose(1, 2).contiguous()
+        self.from_start_Zlh = self.cum_Zlh.exp()
+        self.to_end_Zlh = (self.cum_Zlh[:, -1:] - self.cum_Zlh).exp()
+        self.whole_Bch = self.cum_Zlh[:, -1].exp().view(B, c, h)
+        self.hidden_ll = torch.ones(l, l, dtype=torch.bool, device=dt_Bclh.device).triu(1)
+        self.segment_Zl = None
+        if segment_Bcl is not None:
+            last_Bc = segment_Bcl[:, :, -1]
+            # The incoming state belongs to segment 0 at the row's start: a reset on the first token makes that one 1.
+            before_Bc = F.pad(last_Bc[:, :-1], (1, 0), value=0)
+            same_start, same_end = segment_Bcl == before_Bc[..., None], segment_Bcl == last_Bc[..., None]
+            self.from_start_Zlh *= same_start.view(B * c, l, 1)
+            self.to_end_Zlh *= same_end.view(B * c, l, 1)
+            self.whole_Bch = self.whole_Bch * (last_Bc == before_Bc)[..., None]
+            self.segment_Zl = segment_Bcl.view(B * c, l)
+
+    def between_zhll(self, part: slice) -> Tensor:
+        """The decay from token j to token i of a chunk, [z, h, i, j]; 0 where j is not before i in the same document."""
+        cum = self.cum_Zhl[part]
+        hidden = self.hidden_ll
+        if self.segment_Zl is not None:
+            segment = self.segment_Zl[part]
+            hidden = (hidden | (segment[:, :, None] != segment[:, None, :]))[:, None]
+        return (cum[..., :, None] - cum[..., None, :]).masked_fill_(hidden, -torch.inf).exp_()
+
+
+def _parts(x_Zlhp: Tensor) -> list[slice]:
+    """The chunks to work on at once: one on a CPU, so that its matrices stay in cache, all on a GPU."""
+    Z = x_Zlhp.shape[0]
+    step = 1 if x_Zlhp.device.type == "cpu" else max(Z, 1)
+    return [slice(i, i + step) for i in range(0, Z, step)]
 
 
 class _Chunked(torch.autograd.Function):
@@ -110,81 +133,91 @@ class _Chunked(torch.autograd.Function):
     def forward(ctx, x_Bclhp, dt_Bclh, A_h, B_Bclgn, C_Bclgn, D_h, segment_Bcl, state_Bhpn):
         Bt, c, l, h, p = x_Bclhp.shape
         g, n = B_Bclgn.shape[3:]
-        r = h // g
-        between, from_start, to_end, whole = _decays(dt_Bclh, A_h, segment_Bcl)
-        xdt_Bchlp = (x_Bclhp * dt_Bclh[..., None]).transpose(2, 3)
-        B_Bcgln, C_Bcgln = B_Bclgn.transpose(2, 3), C_Bclgn.transpose(2, 3)
+        r, Z = h // g, Bt * c
+        decays = _Decays(dt_Bclh, A_h, segment_Bcl)
+        x, dt = x_Bclhp.reshape(Z, l, h, p), dt_Bclh.reshape(Z, l, h)
+        B_Zgln, C_Zgln = (t.reshape(Z, l, g, n).transpose(1, 2) for t in (B_Bclgn, C_Bclgn))
 
-        scores_Bcgll = C_Bcgln @ B_Bcgln.transpose(-1, -2)
-        mixed = between.view(Bt, c, g, r, l, l).mul_(scores_Bcgll[:, :, :, None])
-        y_Bchlp = mixed.view(Bt, c, h, l, l) @ xdt_Bchlp
+        y = x * D_h[:, None]
+        added_Zhpn = x.new_empty(Z, h, p, n)  # what each chunk adds to the state at its end
+        for part in _parts(x):
+            xdt = x[part] * dt[part][..., None]  # [z, l, h, p]
+            mixed = decays.between_zhll(part).unflatten(1, (g, r))
+            mixed *= (C_Zgln[part] @ B_Zgln[part].transpose(-1, -2))[:, :, None]
+            y[part] += (mixed.flatten(1, 2) @ xdt.transpose(1, 2)).transpose(1, 2)
+            xdt *= decays.to_end_Zlh[part][..., None]
+            weighted = xdt.view(-1, l, g, r * p).permute(0, 2, 3, 1)
+            added_Zhpn[part] = (weighted @ B_Zgln[part]).view(-1, h, p, n)
 
-        weighted = (xdt_Bchlp * to_end.transpose(2, 3)[..., None]).view(Bt, c, g, r, l, p)
-        added_Bchpn = (weighted.transpose(-1, -2).reshape(Bt, c, g, r * p, l) @ B_Bcgln).view(Bt, c, h, p, n)
-        states = [state_Bhpn]
+        added, states = added_Zhpn.view(Bt, c, h, p, n), [state_Bhpn]
         for i in range(c):
-            states.append(torch.addcmul(added_Bchpn[:, i], whole[:, i, :, None, None], states[-1]))
-        states_Bchpn = torch.stack(states[:-1], dim=1)
-
-        carried = C_Bcgln @ states_Bchpn.view(Bt, c, g, r * p, n).transpose(-1, -2)  # [B, c, g, l, r*p]
-        carried_Bclhp = carried.transpose(2, 3).reshape(Bt, c, l, h, p)
-        y = torch.addcmul(D_h[:, None] * x_Bclhp, from_start[..., None], carried_Bclhp)
-        y += y_Bchlp.transpose(2, 3)
+            states.append(torch.addcmul(added[:, i], decays.whole_Bch[:, i, :, None, None], states[-1]))
+        states_Zhpn = torch.stack(states[:-1], dim=1).view(Z, h, p, n)
+        for part in _parts(x):
+            carried = C_Zgln[part] @ states_Zhpn[part].view(-1, g, r * p, n).transpose(-1, -2)  # [z, g, l, r*p]
+            carried = carried.transpose(1, 2).reshape(-1, l, h, p)
+            y[part].addcmul_(decays.from_start_Zlh[part][..., None], carried)
+        y = y.view(Bt, c, l, h, p)
         ctx.save_for_backward(
-            x_Bclhp, dt_Bclh, A_h, B_Bclgn, C_Bclgn, D_h, segment_Bcl, states_Bchpn, states[-1], y
-        )
+            x_Bclhp, dt_Bclh, A_h, B_Bclgn, C_Bclgn, D_h, segment_Bcl, states_Zhpn, states[-1], y
+        )  # fmt: skip
         return y, states[-1]
 
     @staticmethod
     def backward(ctx, dy_Bclhp, dfinal_Bhpn):
-        x, dt, A, B, C, D, segment, states, final, y = ctx.saved_tensors
-        Bt, c, l, h, p = x.shape
-        g, n = B.shape[3:]
-        r = h // g
-        between, from_start, to_end, whole = _decays(dt, A, segment)
-        xdt_Bchlp = (x * dt[..., None]).transpose(2, 3).contiguous()
-        dy_Bchlp = dy_Bclhp.transpose(2, 3).contiguous()
-        B_Bcgln, C_Bcgln = B.transpose(2, 3), C.transpose(2, 3)
+        x_Bclhp, dt_Bclh, A, B_Bclgn, C_Bclgn, D, segment, states, final, y_Bclhp = ctx.saved_tensors
+        Bt, c, l, h, p = x_Bclhp.shape
+        g, n = B_Bclgn.shape[3:]
+        r, Z = h // g, Bt * c
+        decays = _Decays(dt_Bclh, A, segment)
+        dy_Bclhp = dy_Bclhp.contiguous()
+        x, y, dy = (t.reshape(Z, l, h, p) for t in (x_Bclhp, y_Bclhp, dy_Bclhp))
+        dt = dt_Bclh.reshape(Z, l, h)
+        B, C = (t.reshape(Z, l, g, n).transpose(1, 2) for t in (B_Bclgn, C_Bclgn))
+        dB_Zgln, dC_Zgln = x.new_empty(Z, g, l, n), x.new_empty(Z, g, l, n)
+        dx, ddt, dcum = torch.empty_like(x), torch.empty_like(dt), torch.empty_like(dt)
+        dD = torch.zeros_like(D)
 
-        # Through the incoming state of every chunk.
-        dcarried = (dy_Bchlp * from_start.transpose(2, 3)[..., None]).view(Bt, c, g, r, l, p)
-        dcarried = dcarried.transpose(3, 4).reshape(Bt, c, g, l, r * p)
-        dC_Bcgln = dcarried @ states.view(Bt, c, g, r * p, n)
-        from_y = (dcarried.transpose(-1, -2) @ C_Bcgln).view(Bt, c, h, p, n)
-        dstate = dfinal_Bhpn
+        # Through the incoming state of every chunk, and then through the recurrence.
+        from_y = x.new_empty(Z, h, p, n)
+        for part in _parts(x):
+            dcarried = (dy[part] * decays.from_start_Zlh[part][..., None]).view(-1, l, g, r * p).transpose(1, 2)
+            dC_Zgln[part] = dcarried @ states[part].view(-1, g, r * p, n)
+            from_y[part] = (dcarried.transpose(-1, -2) @ C[part]).view(-1, h, p, n)
+        from_y_B, states_B, dstate = from_y.view(Bt, c, h, p, n), states.view(Bt, c, h, p, n), dfinal_Bhpn
         dadded, dend = [], []  # of each chunk's own contribution, and of its whole decay's logarithm
         for i in reversed(range(c)):
-            out = states[:, i + 1] if i + 1 < c else final
+            out = states_B[:, i + 1] if i + 1 < c else final
             dadded.append(dstate)
             dend.append((dstate * out).sum((-1, -2)))
-            dstate = torch.addcmul(from_y[:, i], whole[:, i, :, None, None], dstate)
-        dadded_Bchpn = torch.stack(dadded[::-1], dim=1)
-        dend_Bch = torch.stack(dend[::-1], dim=1)
+            dstate = torch.addcmul(from_y_B[:, i], decays.whole_Bch[:, i, :, None, None], dstate)
+        dadded_Zgpn = torch.stack(dadded[::-1], dim=1).view(Z, g, r * p, n)
+        dend_Zh = torch.stack(dend[::-1], dim=1).view(Z, h)
 
-        # Through a chunk's contribution to the state at its end.
-        dadded_g = dadded_Bchpn.view(Bt, c, g, r * p, n)
-        dx_state = (B_Bcgln @ dadded_g.transpose(-1, -2)).view(Bt, c, g, l, r, p).transpose(3, 4)
-        dxdt = dx_state.reshape(Bt, c, h, l, p) * to_end.transpose(2, 3)[..., None]
-        weighted = (xdt_Bchlp * to_end.transpose(2, 3)[..., None]).view(Bt, c, g, r, l, p)
-        dB_Bcgln = weighted.transpose(3, 4).reshape(Bt, c, g, l, r * p) @ dadded_g
-
-        # Inside the chunks.
-        scores = C_Bcgln @ B_Bcgln.transpose(-1, -2)
-        dmixed = dy_Bchlp @ xdt_Bchlp.transpose(-1, -2)
-        dscores = dmixed.mul_(between).view(Bt, c, g, r, l, l).sum(3)
-        mixed = between.view(Bt, c, g, r, l, l).mul_(scores[:, :, :, None]).view(Bt, c, h, l, l)
-        dxdt += mixed.transpose(-1, -2) @ dy_Bchlp
-        dC_Bcgln += dscores @ B_Bcgln
-        dB_Bcgln += dscores.transpose(-1, -2) @ C_Bcgln
-
-        # d/d(log decay): a token's row of outputs minus its column of inputs; all sums collapse to these two products.
-        dxdt = dxdt.transpose(2, 3)
-        ddt = (dxdt * x).sum(-1)
-        dcum = (dy_Bclhp * (y - D[:, None] * x)).sum(-1) - ddt * dt
-        dcum[:, :, -1] += dend_Bch
-        dlog = dcum.flip(2).cumsum(2).flip(2)
-        dA = (dlog * dt).sum((0, 1, 2))
-        ddt = ddt + dlog * A
-        dx = torch.addcmul(D[:, None] * dy_Bclhp, dxdt, dt[..., None])
-        dD = (dy_Bclhp * x).sum((0, 1, 2, 4))
-        return dx, ddt, dA, dB_Bcgln.transpose(2, 3), dC_Bcgln.transpose(2, 3), dD, None, dstate
+        for part in _parts(x):
+            xdt = x[part] * dt[part][..., None]
+            # A chunk's contribution to the state at its end.
+            to_end = decays.to_end_Zlh[part][..., None]
+            dxdt = (B[part] @ dadded_Zgpn[part].transpose(-1, -2)).transpose(1, 2).reshape(-1, l, h, p) * to_end
+            dB = (xdt * to_end).view(-1, l, g, r * p).transpose(1, 2) @ dadded_Zgpn[part]
+            # Inside the chunk.
+            between, scores = decays.between_zhll(part), C[part] @ B[part].transpose(-1, -2)
+            dmixed = dy[part].transpose(1, 2) @ xdt.permute(0, 2, 3, 1)
+            dscores = dmixed.mul_(between).unflatten(1, (g, r)).sum(2)
+            mixed = between.unflatten(1, (g, r)).mul_(scores[:, :, None]).flatten(1, 2)
+            dxdt += (mixed.transpose(-1, -2) @ dy[part].transpose(1, 2)).transpose(1, 2)
+            dC_Zgln[part] += dscores @ B[part]
+            torch.add(dB, dscores.transpose(-1, -2) @ C[part], out=dB_Zgln[part])
+            # d/d(log decay): a token's row of outputs minus its column of inputs; all sums collapse to two products.
+            ddt[part] = (dxdt * x[part]).sum(-1)
+            straight = (dy[part] * x[part]).sum(-1)  # through D x
+            dcum[part] = (dy[part] * y[part]).sum(-1) - D * straight - ddt[part] * dt[part]
+            dD += straight.sum((0, 1))
+            torch.mul(dxdt, dt[part][..., None], out=dx[part])
+            dx[part].addcmul_(dy[part], D[:, None])
+        dcum[:, -1] += dend_Zh
+        dlog = dcum.flip(1).cumsum(1).flip(1)
+        dA = (dlog * dt).sum((0, 1))
+        ddt = ddt.addcmul_(dlog, A)
+        dB_Bclgn, dC_Bclgn = (t.transpose(1, 2).reshape(Bt, c, l, g, n) for t in (dB_Zgln, dC_Zgln))
+        return dx.view_as(x_Bclhp), ddt.view_as(dt_Bclh), dA, dB_Bclgn, dC_Bclgn, dD, None, dstate

@@ -201,6 +201,8 @@ class HybridCache:
         self.trunk = Stream(config.layers, config, batch)
         self.mtp = Stream(config.mtp_layers, config, batch) if speculative else None
         self.pending: list[Pending | None] = [None] * batch
+        # Per row the token that the block's last slot has read and the block's output [H] there, to start drafting at.
+        self.ahead: list[tuple[int, Tensor] | None] = [None] * batch
         self._tentative: list[Pending] | None = None
 
     @property
@@ -243,6 +245,15 @@ class HybridCache:
         self._settle()
         return self.pending
 
+    def expect(self, next_tokens: list[int | None]) -> None:
+        """Refuse next tokens that are not those the rows were drafted with: the block's last slots have read these."""
+        for b, (ahead, pending, token) in enumerate(zip(self.ahead, self.settled(), next_tokens)):
+            if ahead is not None and pending is None and token not in (None, ahead[0]):
+                raise ValueError(
+                    f"row {b} was drafted with next token {ahead[0]} and is now given {token}; restore a snapshot "
+                    "taken before drafting"
+                )
+
     def commit(self, keep: list[int] | int) -> None:
         """Keep the first n tokens a row of the last, tentative forward."""
         keep = [keep] * self.batch if isinstance(keep, int) else keep
@@ -258,11 +269,11 @@ class HybridCache:
     def snapshot(self):
         """A point to return to with :meth:`restore`; valid for this cache only."""
         self._settle()
-        return self.trunk.snapshot(), self.mtp.snapshot() if self.mtp else None, list(self.pending)
+        return self.trunk.snapshot(), self.mtp.snapshot() if self.mtp else None, list(self.pending), list(self.ahead)
 
     def restore(self, saved) -> None:
-        trunk, mtp, pending = saved
+        trunk, mtp, pending, ahead = saved
         self.trunk.restore(trunk)
         if self.mtp is not None:
             self.mtp.restore(mtp)
-        self.pending, self._tentative = list(pending), None
+        self.pending, self.ahead, self._tentative = list(pending), list(ahead), None

@@ -59,6 +59,8 @@ TABLE: list[tuple[str, str]] = [
     ("{stack}.{i}.mixer.down.weight", "{stack}.{i}.mixer.down_proj.weight"),
 ]
 
+_EMBEDDING, _HEAD = "backbone.embeddings.weight", "lm_head.weight"
+
 # Kept in float32 in memory and in files, whatever the dtype asked for: small, and what the numbers hang on.
 FLOAT32 = re.compile(r"(A_log|\.D|dt_bias|router\.weight|router\.bias|norm\w*\.weight)$")
 
@@ -72,14 +74,16 @@ class Row:
     shape: tuple[int, ...]  # of each of theirs
 
 
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by name; a tied head under its own name too, as transformers never ties this one's."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+
+
 def rows(model: nn.Module) -> list[Row]:
     """The table filled in for a model: every parameter and buffer, each exactly once."""
     config: ModelConfig = model.config  # type: ignore[assignment]
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    if config.tie_word_embeddings:
-        tensors.pop("head.weight", None)
     found = []
-    for name, tensor in tensors.items():
+    for name, tensor in _tensors(model).items():
         match = re.fullmatch(r"(?:(mtp\.layers|layers)\.(\d+)\.)?(.+)", name)
         assert match is not None
         stack, i, _ = match.groups()
@@ -113,13 +117,14 @@ def from_hf(row: Row, parts: list[Tensor], shape: torch.Size) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------ config
 
-_SAME = (
-    "vocab_size hidden_size layer_norm_epsilon tie_word_embeddings initializer_range max_position_embeddings "
-    "num_attention_heads num_key_value_heads head_dim mamba_num_heads mamba_head_dim ssm_state_size n_groups conv_kernel "
-    "chunk_size time_step_min time_step_max time_step_floor intermediate_size n_routed_experts num_experts_per_tok "
-    "moe_intermediate_size moe_latent_size n_shared_experts moe_shared_expert_intermediate_size n_group topk_group "
-    "norm_topk_prob routed_scaling_factor bos_token_id eos_token_id pad_token_id"
-).split()
+_SAME = [
+    "vocab_size", "hidden_size", "layer_norm_epsilon", "tie_word_embeddings", "initializer_range",
+    "max_position_embeddings", "num_attention_heads", "num_key_value_heads", "head_dim", "mamba_num_heads",
+    "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel", "chunk_size", "time_step_min", "time_step_max",
+    "time_step_floor", "intermediate_size", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "moe_latent_size", "n_shared_experts", "moe_shared_expert_intermediate_size", "n_group", "topk_group",
+    "norm_topk_prob", "routed_scaling_factor", "bos_token_id", "eos_token_id", "pad_token_id",
+]  # fmt: skip
 _OLD_NAMES = {"mamba_n_groups": "n_groups", "mamba_d_conv": "conv_kernel", "mamba_chunk_size": "chunk_size"}
 # What this architecture does not have: key -> the only value it can take.
 _FIXED = {
@@ -201,8 +206,8 @@ def config_from_hf(raw: Mapping[str, Any], where: str = "config.json") -> ModelC
 def load_config(model_dir: str | Path) -> ModelConfig:
     """The ModelConfig of a MODEL_DIR.
 
-    transformers keeps the MTP keys of a config but drops the MTP tensors when it saves; such a directory is opened
-    without MTP, with a warning.
+    transformers keeps the MTP keys of a config but drops the MTP tensors when it saves, and ignores
+    tie_word_embeddings; what such a directory holds is what is opened, with a warning.
     """
     path = Path(model_dir) / "config.json"
     try:
@@ -212,12 +217,23 @@ def load_config(model_dir: str | Path) -> ModelConfig:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     config = config_from_hf(raw, str(path))
-    if config.mtp_layers and not any(name.startswith("mtp.") for name in TensorFiles(Path(model_dir)).names()):
+    if not (config.mtp_layers or config.tie_word_embeddings):
+        return config
+    files = TensorFiles(Path(model_dir))
+    if config.mtp_layers and not any(name.startswith("mtp.") for name in files.names()):
         logging.getLogger(__name__).warning(
             "%s describes an MTP block but holds no mtp.* tensor (transformers drops them when saving): opened without",
             model_dir,
         )
         config.mtp.pattern = ""
+    both = {_HEAD, _EMBEDDING} <= files.names()
+    if config.tie_word_embeddings and both and not torch.equal(files.get(_HEAD), files.get(_EMBEDDING)):
+        logging.getLogger(__name__).warning(
+            "%s says tie_word_embeddings but holds an lm_head.weight of its own (transformers does not tie this "
+            "architecture): opened untied",
+            model_dir,
+        )
+        config.tie_word_embeddings = False
     return config
 
 
@@ -267,11 +283,11 @@ class TensorFiles:
         return self._open[name].get_tensor(name)
 
 
-def check_tensors(table: list[Row], files: TensorFiles, where: str) -> None:
-    """UserError that lists every tensor missing, unexpected, or of a wrong shape."""
+def check_tensors(table: list[Row], files: TensorFiles, where: str, tied: bool) -> None:
+    """UserError that lists every tensor missing, unexpected, or of a wrong shape. A tied head may be left out."""
     expected = {name: row.shape for row in table for name in row.theirs}
     have = files.names()
-    problems = [f"missing {name}" for name in expected if name not in have]
+    problems = [f"missing {name}" for name in expected if name not in have and not (tied and name == _HEAD)]
     problems += [f"unexpected {name}" for name in sorted(have - set(expected))]
     for name in expected:
         if name in have and files.shape(name) != expected[name]:
@@ -283,10 +299,12 @@ def check_tensors(table: list[Row], files: TensorFiles, where: str) -> None:
 @torch.no_grad()
 def load_weights(model: nn.Module, model_dir: Path) -> None:
     """Copy a MODEL_DIR's tensors into a model, one at a time; a rank that holds a part keeps only its part."""
-    files, table = TensorFiles(model_dir), rows(model)
-    check_tensors(table, files, str(model_dir))
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    files, table, tied = TensorFiles(model_dir), rows(model), model.config.tie_word_embeddings
+    check_tensors(table, files, str(model_dir), tied)
+    tensors = _tensors(model)
     for row in table:
+        if tied and row.theirs == (_HEAD,):
+            continue  # load_config has seen that it is the embedding's
         target = tensors[row.ours]
         copy_whole(target, from_hf(row, [files.get(name) for name in row.theirs], target.shape))
 
@@ -300,7 +318,7 @@ def load_model(cls, model_dir: Path, *, dtype=None, device="cpu", kernels=None):
     if dtype is None:
         files = TensorFiles(model_dir)
         table = rows(model)
-        check_tensors(table, files, str(model_dir))
+        check_tensors(table, files, str(model_dir), config.tie_word_embeddings)
         dtype = files.dtype(table[0].theirs[0])
     materialise(model, dtype, device)
     model.dtype = dtype
@@ -340,7 +358,7 @@ def save_model(
     for stale in model_dir.glob("model*.safetensors*"):
         stale.unlink()
     config: ModelConfig = model.config  # type: ignore[assignment]
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    tensors = _tensors(model)
     stored = dtype or tensors["embedding.weight"].dtype
     shards: list[dict[str, str]] = []  # names -> file, filled in when the number of shards is known
     shard: dict[str, Tensor] = {}
@@ -361,7 +379,9 @@ def save_model(
             nbytes = part.numel() * part.element_size()
             if size + nbytes > shard_bytes:
                 flush()
-            shard[name] = part.contiguous().clone() if len(row.theirs) > 1 else part.contiguous()
+            # A file's tensors must not share memory.
+            copied = len(row.theirs) > 1 or (config.tie_word_embeddings and name == _HEAD)
+            shard[name] = part.contiguous().clone() if copied else part.contiguous()
             size, total = size + nbytes, total + nbytes
     flush()
     weight_map = {}

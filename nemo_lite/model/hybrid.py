@@ -280,7 +280,7 @@ class HybridLM(nn.Module):
 
     def _loss(self, out: HybridOutput, labels, doc_ids, stats, mtp_stats, normalizers: Normalizers) -> None:
         config, depth = self.config, len(out.mtp_hidden)
-        scales = [1.0] + [config.mtp.loss_weight / depth] * depth
+        scales = [1.0] + [config.mtp.loss_weight / max(depth, 1)] * depth
         hiddens = [out.hidden, *out.mtp_hidden]
         all_labels = torch.cat([shifted_labels(labels, doc_ids, k + 1).flatten() for k in range(depth + 1)])
         counts = [max(count, 1.0) for count in normalizers.labels]
@@ -305,7 +305,7 @@ class HybridLM(nn.Module):
 
     def _cached(self, input_ids, doc_ids, cache: HybridCache, dtype, tentative: bool) -> HybridOutput:
         B, L = input_ids.shape
-        if B != cache.batch:
+        if cache.batch != B:
             raise ValueError(f"this cache holds {cache.batch} rows, not {B}")
         counts = valid_BL = order = None
         if doc_ids is not None and bool((doc_ids < 0).any()):
@@ -317,7 +317,9 @@ class HybridLM(nn.Module):
             raise ValueError("with a cache a row is one document; start another cache for another document")
         if cache.mtp is not None:
             firsts = [int(ids[0]) if counts is None or counts[b] else None for b, ids in enumerate(input_ids)]
-            self._catch_up(cache, firsts, dtype)
+            cache.expect(firsts)
+            if not tentative:  # else the block waits, so that nothing it reads can be taken back
+                self._catch_up(cache, firsts, dtype)
         ctx = cache.trunk.context(L, counts, valid_BL, tentative)
         hidden_TH, _ = self._trunk(input_ids, ctx, dtype)
         cache.trunk.took(ctx)
@@ -327,11 +329,8 @@ class HybridLM(nn.Module):
             out.hidden = out.hidden.gather(1, order.argsort(dim=1)[..., None].expand_as(out.hidden))
         return out
 
-    def _catch_up(self, cache: HybridCache, next_tokens: list[int | None], dtype) -> Tensor | None:
-        """Run the MTP block over every pending position whose next token is known.
-
-        Returns the block's output at each row's last such position, [B, H] (zeros where a row had none).
-        """
+    def _catch_up(self, cache: HybridCache, next_tokens: list[int | None], dtype) -> None:
+        """Run the MTP block over every pending position whose next token is known."""
         assert cache.mtp is not None and self.mtp is not None
         rows = []
         for b, pending in enumerate(cache.settled()):
@@ -346,7 +345,7 @@ class HybridLM(nn.Module):
             if known is not None:
                 cache.pending[b] = None
         if not any(row is not None for row in rows):
-            return None
+            return
         counts = [0 if row is None else len(row[1]) for row in rows]
         L, device = max(counts), self.device
         hidden = torch.zeros(len(rows), L, self.config.hidden_size, dtype=dtype, device=device)
@@ -358,8 +357,9 @@ class HybridLM(nn.Module):
         if len(set(counts)) > 1:
             valid = torch.arange(L, device=device) < torch.tensor(counts, device=device)[:, None]
         out_BLH = self._mtp_step(cache, hidden, tokens, counts, valid)
-        last = torch.tensor([max(n - 1, 0) for n in counts], device=device)
-        return out_BLH[torch.arange(len(rows), device=device), last]
+        for b, (count, known) in enumerate(zip(counts, next_tokens)):
+            if count and known is not None:
+                cache.ahead[b] = (known, out_BLH[b, count - 1])
 
     def _mtp_step(self, cache: HybridCache, hidden_BLH: Tensor, tokens_BL: Tensor, counts, valid_BL) -> Tensor:
         assert cache.mtp is not None and self.mtp is not None
@@ -378,9 +378,11 @@ class HybridLM(nn.Module):
         """
         dtype = self._computing_dtype()
         assert cache.mtp is not None
-        h_BH = self._catch_up(cache, next_tokens.tolist(), dtype)
-        if h_BH is None:
+        cache.expect(next_tokens.tolist())
+        self._catch_up(cache, next_tokens.tolist(), dtype)
+        if not all(cache.ahead):
             raise ValueError("drafting starts after a prompt")
+        h_BH = torch.stack([ahead[1] for ahead in cache.ahead if ahead is not None])
         saved = cache.mtp.snapshot()
         drafts = []
         for i in range(count):

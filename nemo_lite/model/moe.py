@@ -49,11 +49,12 @@ class Router(nn.Module):
         self.n_group, self.topk_group = config.n_group, config.topk_group
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("bias", torch.zeros(config.n_routed_experts))
+        self.all_tokens = layers.all_tokens
 
     def forward(self, x_TH: Tensor, ctx: Context) -> tuple[Tensor, Tensor, RouterStats | None]:
         """Chosen experts [T, k] (-1 on padding), their weights [T, k] in float32, and statistics when training."""
         dtype = torch.promote_types(x_TH.dtype, torch.float32)
-        scores_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype)).sigmoid()
+        scores_TE = self.all_tokens(F.linear(x_TH.to(dtype), self.weight.to(dtype))).sigmoid()
         with torch.no_grad():
             biased_TE = self._eligible(scores_TE + self.bias.to(dtype))
             expert_Tk = biased_TE.topk(self.topk, sorted=False).indices
@@ -106,9 +107,10 @@ class MLP(nn.Module):
         super().__init__()
         self.up = layers.column_linear(f"{name}.up_proj", hidden_size, inner)
         self.down = layers.row_linear(f"{name}.down_proj", inner, hidden_size)
+        self.squared_relu = layers.ops.squared_relu
 
     def forward(self, x_TH: Tensor, ctx: Context | None = None, index: int = 0) -> tuple[Tensor, None]:
-        return self.down(F.relu(self.up(x_TH)).square()), None
+        return self.down(self.squared_relu(self.up(x_TH))), None
 
 
 class LatentMoE(nn.Module):

@@ -6,17 +6,19 @@ keeps everything whole; an engine may split columns, rows, heads and experts and
 format* (`matmul_for(name)` says what a linear multiplies with).
 
 Activations are token-major, [T, width], with T = rows x length; collectives of a sequence-parallel placement therefore
-work on dim 0.
+work on dim 0. Such a placement scatters tokens in `embedding` and in the norm named mtp.hnorm; gathers them in
+`column_linear`, `experts`, the last norms (norm_f, mtp.final_layernorm) and `all_tokens`, which the router asks for;
+and sums and scatters them in `row_linear` and `experts`. tests/fake_layers.py is one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from nemo_lite_kernels import Ops, select
 from torch import Tensor, nn
 
 from nemo_lite.precision.linear import Matmul, dense
 from nemo_lite.train.loss import cross_entropy_chunked
-from nemo_lite_kernels import Ops, select
 
 
 class Linear(nn.Module):
@@ -149,6 +151,10 @@ class Layers:
         """A parameter [n] or [n, width] per head or channel, n = this rank's share of the sum of `segments`."""
         n = sum(self.local(segment) for segment in segments)
         return nn.Parameter(torch.empty(n) if width is None else torch.empty(n, width))
+
+    def all_tokens(self, x: Tensor) -> Tensor:
+        """The rows of all tokens, where a placement scatters them over ranks between blocks."""
+        return x
 
     def local(self, n: int) -> int:
         """This rank's share of n heads, groups or channels."""

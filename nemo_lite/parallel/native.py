@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,19 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on rank 0, on every rank. Its UserError ends all of them: rank 0 says it, others are silent."""
+        value, error = None, None
+        if self.main:
+            try:
+                value = work()
+            except UserError as problem:
+                error = problem
+        value, failed = self.from_main((value, error is not None))
+        if failed:
+            raise error or SystemExit(1)
+        return value
 
 
 def start(device: str = "auto") -> World:

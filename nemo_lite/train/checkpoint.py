@@ -24,12 +24,19 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_state_dict,
+)
 
 from nemo_lite.config import CheckpointConfig, UserError
 from nemo_lite.parallel.native import World
 
 FORMAT = 1
+# Optimizer state by parameter name, not by group: groups depend on what is sharded, so on the number of ranks.
+BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def _copy(tree: Any) -> Any:
@@ -136,7 +143,8 @@ class Checkpointer:
         self.last_saved = -1
 
     def _state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        return {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
+        optim = get_optimizer_state_dict(model, optimizer, options=BY_NAME)
+        return {"model": get_model_state_dict(model), "optim": optim}
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, loop_state: dict[str, Any]) -> None:
         """Write step_N in the background (at once where checkpoint.asynchronous is off)."""
@@ -154,33 +162,64 @@ class Checkpointer:
 
     def _write(self, step: int, state: dict[str, Any], loop_state: dict[str, Any], rng: dict[str, Any]) -> None:
         partial, final = self.folder / f"step_{step}.partial", self.folder / f"step_{step}"
-        partial.mkdir(parents=True, exist_ok=True)
-        torch.save(rng, partial / f"rng_{self.world.rank}.pt")
-        if self.world.main:
-            body = {"format": FORMAT, "world_size": self.world.size, **loop_state}
-            (partial / "state.json").write_text(json.dumps(body, indent=1) + "\n")
-        with warnings.catch_warnings():  # that torch.distributed is not initialised is what one process means
-            warnings.simplefilter("ignore", UserWarning)
-            dcp.save(
-                state,
-                storage_writer=dcp.FileSystemWriter(partial, sync_files=True),
-                process_group=self.group,
-                no_dist=self.world.size == 1,
-            )
-        if self.world.main:  # every rank's files are there: the save has gathered all their results
+
+        def own_files() -> None:
+            partial.mkdir(parents=True, exist_ok=True)
+            with open(partial / f"rng_{self.world.rank}.pt", "wb") as file:
+                torch.save(rng, file)
+            if self.world.main:
+                body = {"format": FORMAT, "world_size": self.world.size, **loop_state}
+                (partial / "state.json").write_text(json.dumps(body, indent=1) + "\n")
+
+        def tensors() -> None:
+            with warnings.catch_warnings():  # that torch.distributed is not initialised is what one process means
+                warnings.simplefilter("ignore", UserWarning)
+                dcp.save(
+                    state,
+                    storage_writer=dcp.FileSystemWriter(partial, sync_files=True),
+                    process_group=self.group,
+                    no_dist=self.world.size == 1,
+                )
+
+        def finish() -> None:
+            if not self.world.main:
+                return
             write_manifest(partial)
             if final.exists():  # a damaged checkpoint of the same step
                 shutil.rmtree(final)
             partial.rename(final)
             _sync(self.folder)
-            if self.config.keep:
-                for old in checkpoints(self.run_dir)[: -self.config.keep]:
+            if self.config.keep:  # later ones are damaged, or this run would have gone on from them
+                for old in [p for p in checkpoints(self.run_dir) if step_of(p) <= step][: -self.config.keep]:
                     shutil.rmtree(old, ignore_errors=True)
 
-    def poll(self) -> None:
-        """Raise what went wrong in the background, if anything did."""
-        if self.running is not None and self.running.done():
-            self.wait()
+        try:
+            for part in (own_files, tensors, finish):
+                self._together(part)
+        except UserError:
+            if self.world.main:  # a full disk should not be left fuller
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _together(self, work: Callable[[], None]) -> None:
+        """Do a part of the writing on every rank; where it fails on one, UserError on all of them."""
+        problem = None
+        try:
+            work()
+        except Exception as error:
+            problem = _reason(error)
+        problems: list[str | None] = [problem]
+        if self.group is not None:
+            problems *= self.world.size
+            dist.all_gather_object(problems, problem, group=self.group)
+        found = next((each for each in problems if each), None)
+        if found:
+            raise UserError(found)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the checkpoint that was being written in the background could not be; `wait` says why."""
+        return self.running is not None and self.running.done() and self.running.exception() is not None
 
     def wait(self) -> None:
         """Wait for the checkpoint being written; UserError where it could not be."""
@@ -190,8 +229,10 @@ class Checkpointer:
         try:
             running.result()
         except Exception as error:
-            reason = _reason(error)
-            whole = checkpoints(self.run_dir)
+            if not self.world.main and isinstance(error, UserError):
+                raise SystemExit(1) from None  # it is the same on every rank, and rank 0 says it
+            reason = str(error) if isinstance(error, UserError) else _reason(error)
+            whole = [p for p in checkpoints(self.run_dir) if step_of(p) < self.last_saved]
             kept = f"{whole[-1]} is whole" if whole else "there is none before it"
             raise UserError(f"the checkpoint of step {self.last_saved} could not be written: {reason}; {kept}") from error
 
@@ -223,7 +264,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World | None) -> None:
     """Fill model (and optimizer) from a checkpoint, whatever number of ranks wrote it."""
     model_state = get_model_state_dict(model)
-    optim_state = get_optimizer_state_dict(model, optimizer) if optimizer is not None else {}
+    optim_state = get_optimizer_state_dict(model, optimizer, options=BY_NAME) if optimizer is not None else {}
     state = {"model": model_state} | ({"optim": optim_state} if optimizer is not None else {})
     try:
         with warnings.catch_warnings():
@@ -234,7 +275,13 @@ def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
     if optimizer is None:
         model.load_state_dict(state["model"])
     else:
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+        # Weight decay, betas and the like are the recipe's, which may have changed them since.
+        chosen = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        set_state_dict(
+            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"], options=BY_NAME
+        )
+        for group, own in zip(optimizer.param_groups, chosen):
+            group.update(own)
 
 
 def _reason(error: BaseException) -> str:

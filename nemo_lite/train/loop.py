@@ -28,7 +28,7 @@ from nemo_lite.parallel.native import (
     sum_replicated_gradients,
 )
 from nemo_lite.parallel.native import start as start_world
-from nemo_lite.train.checkpoint import Checkpointer, newest_whole, read_state
+from nemo_lite.train.checkpoint import Checkpointer, checkpoints, newest_whole, read_state
 from nemo_lite.train.loss import label_counts
 from nemo_lite.train.metrics import Metrics, environment, load_summary, memory_gb, peak_flops
 from nemo_lite.train.optim import build_optimizer, clip_, update_router_biases
@@ -78,9 +78,7 @@ def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
     # Data.
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     check_vocabulary(tokenizer, recipe.model.vocab_size)
-    if world.main:
-        prepare(recipe.data, tokenizer, validation=recipe.eval.every > 0, progress=say)
-    world.barrier()
+    world.on_main(lambda: prepare(recipe.data, tokenizer, validation=recipe.eval.every > 0, progress=say))
     loader = stack.enter_context(
         PackedLoader(
             recipe.data, tokenizer, seed=recipe.seed, global_batch_size=config.global_batch_size, rank=world.rank,
@@ -96,9 +94,7 @@ def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
     byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=world.device)
 
     # Model and optimizer.
-    resume = world.from_main(str(newest_whole(run_dir, say) or "") if world.main else None)
-    if resume:
-        _refuse_other_model(Path(resume), recipe)
+    resume = world.on_main(lambda: _resume_from(run_dir, recipe, say))
     model = build_model(recipe, world, fresh=not resume)
     if recipe.model.eos_token_id is None:
         model.config.eos_token_id, model.config.pad_token_id = tokenizer.eod_id, tokenizer.pad_id
@@ -109,7 +105,7 @@ def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
     saver = Checkpointer(run_dir, recipe.checkpoint, world, say)
     stack.callback(saver.close)
     if resume:
-        saved = saver.load(Path(resume), model, optimizer)
+        saved = saver.load(resume, model, optimizer)
         state = TrainState(**saved["train"])
         loader.load_state_dict(saved["data"])
         say(f"resuming {run_dir} at step {state.step} of {config.steps}")
@@ -152,7 +148,8 @@ def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
             window.data_seconds += time.perf_counter() - waited
             micros = list(batch.to(world.device).split(config.micro_batch_size))
             rate = learning_rate(state.step, config.steps, recipe.optim, recipe.schedule)
-            result = train_step(model, optimizer, micros, rate, recipe, world, stopping())
+            # A checkpoint that one rank could not write stops them all, at the same step.
+            result = train_step(model, optimizer, micros, rate, recipe, world, stopping() or saver.failed)
             state.step += 1
             state.tokens += config.global_batch_size * recipe.data.seq_len
             window.add(result)
@@ -160,7 +157,6 @@ def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
                 state.nonfinite_in_a_row = 0
             else:
                 _not_finite(state, batch, run_dir, recipe, world, metrics)
-            saver.poll()
             last = state.step == config.steps
             if metrics is not None:
                 metrics.advance(state.step)
@@ -375,6 +371,19 @@ def _model_facts(recipe: Recipe) -> dict[str, Any]:
     flat["model.pattern"] = recipe.model.layers
     flat["model.mtp.pattern"] = facts["mtp"]["pattern"]
     return json.loads(json.dumps(flat))
+
+
+def _resume_from(run_dir: Path, recipe: Recipe, say) -> Path | None:
+    """The checkpoint to go on from, or None for a new run; UserError where that would lose an old one."""
+    found = newest_whole(run_dir, say)
+    if found is None and (old := checkpoints(run_dir)):
+        raise UserError(
+            f"none of the {len(old)} checkpoints in {old[0].parent} is whole, and starting anew would replace them; "
+            "move them away, or set another run_dir"
+        )
+    if found is not None:
+        _refuse_other_model(found, recipe)
+    return found
 
 
 def _refuse_other_model(folder: Path, recipe: Recipe) -> None:

@@ -56,16 +56,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(weight_VH, dtype=dtype) if need_w else None
         for rows in keep_T.split(chunk):
             h, labels = h_TH[rows], labels_T[rows]
-            logits = (h @ weight.T).to(dtype)
-            top = logits.max(-1, keepdim=True).values
-            logits -= top
-            picked = logits.gather(-1, labels[:, None])
-            logits.exp_()
-            total = logits.sum(-1, keepdim=True)
-            nll_T[rows] = (total.log() - picked).squeeze(-1)
+            logp = (h @ weight.T).to(dtype).log_softmax(-1)
+            nll_T[rows] = -logp.gather(-1, labels[:, None]).squeeze(-1)
             if need_h or need_w:
-                dlogits = logits.div_(total)
-                dlogits.scatter_add_(-1, labels[:, None], torch.full_like(picked, -1.0))
+                dlogits = logp.exp_()
+                dlogits.scatter_add_(-1, labels[:, None], dlogits.new_full((len(rows), 1), -1.0))
                 dlogits = dlogits.mul_(weights_T[rows, None].to(dtype)).to(h.dtype)
                 if need_h:
                     dh[rows] = dlogits @ weight

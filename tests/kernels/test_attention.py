@@ -13,14 +13,17 @@ LENGTHS = [[1], [7], [4, 4, 4], [3, 1, 1, 9], [1, 1], [5, 2]]
 def qkv(T, dtype, heads=4, kv_heads=2, size=6):
     generator = torch.Generator().manual_seed(T)
     return [
-        torch.randn((T, n, size), generator=generator, dtype=torch.float64).to(dtype) for n in (heads, kv_heads, kv_heads)
+        torch.randn((T, n, size), generator=generator, dtype=torch.float64).to(dtype)
+        for n in (heads, kv_heads, kv_heads)
     ]
 
 
 def run(function, tensors, lengths):
     leaves = [t.clone().requires_grad_() for t in tensors]
     y = function(*leaves, lengths)
-    (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(y.dtype)).sum().backward()
+    (
+        y * torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(y.dtype)
+    ).sum().backward()
     return y, [leaf.grad for leaf in leaves]
 
 

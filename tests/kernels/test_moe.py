@@ -3,7 +3,7 @@
 import pytest
 import torch
 from nemo_lite_kernels import OPS
-from nemo_lite_kernels.moe import experts_grouped_mm, experts_loop, experts_reference, sort_by_expert
+from nemo_lite_kernels.moe import experts_grouped_mm, experts_loop, experts_reference, sort_by_expert, squared_relu
 from tiny import TOLERANCE, Watch, assert_close
 
 BACKENDS = [(n, b.functions["experts"]) for n, b in OPS["experts"].items() if n != "reference"]
@@ -12,7 +12,9 @@ NAMES = ("x", "weight", "up", "down")
 
 def routing(kind, T, k, E):
     generator = torch.Generator().manual_seed(T)
-    chosen = torch.stack([torch.randperm(E, generator=generator)[:k] for _ in range(T)]) if T else torch.empty(0, k).long()
+    chosen = (
+        torch.stack([torch.randperm(E, generator=generator)[:k] for _ in range(T)]) if T else torch.empty(0, k).long()
+    )
     if kind == "one":  # all copies on one expert: the others are empty
         chosen[:] = E - 1
     elif kind == "holes":  # some tokens dropped, some copies dropped, experts below 3 empty
@@ -112,7 +114,7 @@ def test_views_as_inputs(backend):
     if backend[0] == "grouped_mm":  # its GEMM reads weights row by row
         views |= {n: tensors[n] for n in ("up", "down")}
     wide = torch.stack([expert, expert], dim=-1)[..., 0]
-    y, grads = run(lambda *args: backend[1](*args), {n: v for n, v in views.items()}, wide)
+    y, grads = run(lambda *args: backend[1](*args), dict(views.items()), wide)
     y_ref, grads_ref = run(experts_reference, tensors, expert)
     assert_close(y, y_ref, 2e-5)
     for name in NAMES:
@@ -136,6 +138,21 @@ def test_work_follows_the_experts_hit_not_their_number():
         assert sum(a[0].shape[0] for _, a, _ in watch.named("mm")) == 2 * 11, "each copy is computed once"
         launches[E] = len(watch.calls)
     assert len(set(launches.values())) == 1, launches
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_squared_relu(dtype):
+    h = torch.randn((5, 7), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    h[0, :3] = 0.0
+    a, b = h.clone().requires_grad_(), h.double().requires_grad_()
+    (squared_relu(a).sum() * 3).backward()
+    (torch.relu(b).square().sum() * 3).backward()
+    assert_close(squared_relu(a), torch.relu(b).square(), TOLERANCE[dtype])
+    assert_close(a.grad, b.grad, TOLERANCE[dtype])
+    with torch.no_grad():
+        before = h.clone()
+        assert_close(squared_relu(h), squared_relu(a), 0)
+        assert torch.equal(h, before), "the input is not the op's to change"
 
 
 def test_grouped_gemm_is_two_launches():

@@ -1,0 +1,52 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Each sets up .venv first.
+#   PYTHON=python3.12 make demo     another interpreter (3.11 or newer)
+#   TORCH_INDEX=URL make demo       where torch is taken from, such as PyTorch's index of CPU builds
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.made
+DEMO := runs/demo
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints/cpu.txt)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup demo test check bench clean
+help:
+	@echo "make demo    train a small hybrid on this machine, export it, complete text (about 10 minutes)"
+	@echo "make test    the tests"
+	@echo "make check   ruff and pyright"
+	@echo "make bench   training and decoding beside transformers (on a quiet machine)"
+	@echo "make setup   only .venv; make clean removes it and runs/demo*"
+
+setup: $(STAMP)
+
+# Remade whenever what it is made from changes, so that a pull never leaves it stale.
+$(STAMP): pyproject.toml constraints/cpu.txt
+	@echo "setting up $(VENV): $(TORCH) and the tools of constraints/cpu.txt"
+	@$(if $(TORCH_INDEX),echo "torch comes from TORCH_INDEX",echo "torch comes from the default index; on Linux that may be the CUDA build (several GB): set TORCH_INDEX for the CPU build")
+	@rm -rf $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nemo_lite needs Python 3.11 or newer")'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	@$(BIN)/pip install --quiet -c constraints/cpu.txt -e ".[dev]"
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" PYTHON="$(CURDIR)/$(BIN)/python" sh recipes/demo.sh
+
+# One torch thread a process; files are shared out over two processes.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/peers.py all
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) runs/demo runs/demo-tokenizer
