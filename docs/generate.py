@@ -1,8 +1,21 @@
-"""Write docs/recipes.md from the recipe's dataclasses: ``python docs/generate.py``; a test asserts that it is."""
+"""Write what is generated: docs/recipes.md from the recipe's dataclasses, docs/results.md and the README's numbers from
+the JSON files in benchmarks/results.
 
+    python docs/generate.py            # write them
+    python docs/generate.py --check    # exit 1 and name the files that are not current; a test does the same
+"""
+
+from __future__ import annotations
+
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
 from nemo_lite.config import Recipe, recipe_keys
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 INTRO = """\
 # Recipes
@@ -54,5 +67,223 @@ def recipes_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+# --------------------------------------------------------------------------------------------------------------- results
+
+RESULTS_INTRO = """\
+# Results
+
+<!-- Written by docs/generate.py from benchmarks/results/*.json; measure again, then run it. -->
+
+Every number here has the command that made it, the machine and the commit. How to measure, and how to read noise:
+[benchmarks/README.md](../benchmarks/README.md).
+"""
+
+NOT_MEASURED = "Not measured yet."
+BEGIN, END = "<!-- numbers -->", "<!-- /numbers -->"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table; the first two columns are words, the others numbers."""
+    rule = ["---"] * min(2, len(header)) + ["---:"] * (len(header) - 2)
+    return ["| " + " | ".join(cells) + " |" for cells in [header, rule, *rows]]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}"
+
+
+def _machine(facts: dict[str, Any]) -> str:
+    changes = " with uncommitted changes" if facts.get("dirty") else ""
+    return (
+        f"{facts['cpu']}, {facts['cores']} cores; Python {facts['python']}, torch {facts['torch']}, "
+        f"transformers {facts['transformers']}; commit {facts['commit']}{changes}."
+    )
+
+
+def _source(found: dict[str, Any]) -> list[str]:
+    return [f"`{found['command']}`", "", _machine(found["machine"]), ""]
+
+
+def _read(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The result files that match a glob, in the order of their names."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(name))]
+
+
+def _shape(row: dict[str, Any]) -> str:
+    new = f" + {row['new_tokens']}" if "new_tokens" in row else ""
+    return f"{row['batch']} x {row['length']}{new}"
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def _peer_row(row: dict[str, Any]) -> list[str]:
+    ours, peer = row["nemo_lite"], row["transformers"]
+    return [
+        row["work"], row["dtype"], str(row["threads"]), _shape(row), _number(ours["tokens_per_second"]),
+        _number(peer["tokens_per_second"]), f"**{row['speedup']:.2f}x**", _range(row["speedup_by_round"]),
+        _number(ours["peak_mb"]), _number(peer["peak_mb"]), "yes" if row["noisy"] else "no",
+    ]  # fmt: skip
+
+
+PEER_HEADER = [
+    "work", "dtype", "threads", "shape", "nemo_lite tok/s", "transformers tok/s", "speedup", "by round", "nemo_lite MB",
+    "transformers MB", "noisy",
+]  # fmt: skip
+
+
+def _peers(found: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "## Beside transformers",
+        "",
+        "Training steps, prefill and decode of the same random model in nemo_lite and in transformers, each measurement in",
+        "a process of its own, ours and theirs in turn. Shape is rows x tokens (decode: + new tokens). Tokens per second",
+        "are medians over rounds; the speedup is the median of the rounds' ratios, with their range beside it; MB is peak",
+        "resident memory. bf16 training keeps float32 weights. *Noisy* means that other processes took more than 5 % of",
+        "the machine in some round.",
+        "",
+    ]
+    if not found:
+        return [*lines, f"{NOT_MEASURED} `make bench` does it.", ""]
+    for each in found:
+        config = ", ".join(dict.fromkeys(row["config"] for row in each["rows"]))
+        lines += [
+            f"### {config}",
+            "",
+            *_source(each),
+            *_table(PEER_HEADER, [_peer_row(row) for row in each["rows"]]),
+            "",
+        ]
+    return lines
+
+
+def _positions(shares: list[float]) -> str:
+    return ", ".join(f"{share:.0%}" for share in shares)
+
+
+def _demo_figures(demo: dict[str, Any]) -> list[list[str]]:
+    """(what, value) of the demo's model on held-out files."""
+    found, parameters = demo["evaluation"], demo["parameters"]
+    rows = [
+        ["parameters", f"{parameters['total'] / 1e6:.2f} M, {parameters['active'] / 1e6:.2f} M active"],
+        ["held-out bits per byte", f"{found['bits_per_byte']:.3f}"],
+        ["gzip -9 on the same files", f"{found['gzip9_bits_per_byte']:.3f}"],
+    ]
+    if found["experts"]:
+        least = min(each["min_over_mean"] for each in found["experts"].values())
+        most = max(each["max_over_mean"] for each in found["experts"].values())
+        rows.append(["expert load over its layer's mean", f"{least:.0%} to {most:.0%}"])
+    if forced := found["teacher_forced"]:
+        rows.append(
+            [
+                "acceptance length along the text",
+                f"{forced['acceptance_length']:.2f} (kept: {_positions(forced['by_position'])})",
+            ]
+        )
+    if free := found["free_running"]:
+        rows += [
+            [
+                f"acceptance length, free-running greedy, {free['prompts']} prompts x {free['new_tokens']} tokens",
+                f"{free['acceptance_length']:.2f} (kept: {_positions(free['by_position'])})",
+            ],
+            ["8-grams of it that repeat", f"{free['repeated_8grams']:.0%}"],
+        ]
+    return rows
+
+
+def _demo(found: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "## The demo",
+        "",
+        "The model that `make demo` trains on the Python standard library's own sources, on files held out from training.",
+        "Acceptance length is 1 + accepted drafts per verify step. Along the text, drafts are made from the true text and",
+        "count when they equal the main head's own greedy choice; free-running, the model completes held-out prompts.",
+        "",
+    ]
+    if not found:
+        return [*lines, f"{NOT_MEASURED} `python benchmarks/demo.py` does it.", ""]
+    demo = found[0]
+    seconds = [[name, f"{value:.0f} s"] for name, value in demo["seconds"].items()]
+    return [
+        *lines, *_source(demo), *_table(["figure", "value"], _demo_figures(demo)), "",
+        *_table(["step", "time"], seconds), "",
+    ]  # fmt: skip
+
+
+def results_page(folder: Path = RESULTS) -> str:
+    """The text of docs/results.md."""
+    return "\n".join([RESULTS_INTRO, *_demo(_read(folder, "demo.json")), *_peers(_read(folder, "peers_*.json"))])
+
+
+def numbers(folder: Path = RESULTS) -> str:
+    """The README's block of numbers: the demo's figures, and the peers' with the most threads."""
+    lines = []
+    if demo := _read(folder, "demo.json"):
+        lines += [f"`{demo[0]['command']}`: {_machine(demo[0]['machine'])}", ""]
+        minutes = demo[0]["seconds"]["total"] / 60
+        lines += [
+            *_table(["the demo's model", ""], [*_demo_figures(demo[0]), ["time, all steps", f"{minutes:.1f} min"]]),
+            "",
+        ]
+    else:
+        lines += ["The demo's model: not measured yet; `python benchmarks/demo.py` writes it.", ""]
+    shown: dict[tuple[str, ...], list[str]] = {}
+    sources = []
+    for found in _read(folder, "peers_*.json"):
+        most = max(row["threads"] for row in found["rows"])
+        for row in (row for row in found["rows"] if row["threads"] == most):
+            ours, peer = row["nemo_lite"], row["transformers"]
+            mark = " (noisy)" if row["noisy"] else ""
+            key = (row["config"], row["work"], row["dtype"], _shape(row))
+            if key in shown:
+                continue
+            shown[key] = [
+                f"{row['config']}, {row['work']} {_shape(row)}", f"{row['dtype']}, {row['threads']} threads",
+                _number(ours["tokens_per_second"]), _number(peer["tokens_per_second"]), f"**{row['speedup']:.2f}x**{mark}",
+                f"{row['memory_ratio']:.2f}x",
+            ]  # fmt: skip
+            if (source := f"`{found['command']}`: {_machine(found['machine'])}") not in sources:
+                sources.append(source)
+    if shown:
+        header = ["beside transformers", "format", "nemo_lite tok/s", "transformers tok/s", "speedup", "memory"]
+        lines += [*(line for source in sources for line in (source, "")), *_table(header, list(shown.values()))]
+    else:
+        lines.append("Training and decoding beside transformers: not measured yet; `make bench` writes it.")
+    return "\n".join(lines)
+
+
+def readme(text: str, folder: Path = RESULTS) -> str:
+    """README's text with a current block of numbers."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{numbers(folder)}\n\n{END}{after}"
+
+
+def pages(folder: Path = RESULTS) -> dict[Path, str]:
+    """Every generated file and what it should hold."""
+    return {
+        ROOT / "docs" / "recipes.md": recipes_page(),
+        ROOT / "docs" / "results.md": results_page(folder),
+        ROOT / "README.md": readme((ROOT / "README.md").read_text(encoding="utf-8"), folder),
+    }
+
+
+def main(argv: list[str]) -> int:
+    stale = [path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+    if argv == ["--check"]:
+        print(f"not current: {names}; run: python docs/generate.py" if stale else "all generated pages are current")
+        return 1 if stale else 0
+    if argv:
+        print("usage: python docs/generate.py [--check]", file=sys.stderr)
+        return 2
+    current = pages()
+    for path in stale:
+        path.write_text(current[path], encoding="utf-8")
+    print(f"written: {names}" if stale else "all generated pages are current")
+    return 0
+
+
 if __name__ == "__main__":
-    Path(__file__).with_name("recipes.md").write_text(recipes_page(), encoding="utf-8")
+    sys.exit(main(sys.argv[1:]))

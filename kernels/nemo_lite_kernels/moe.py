@@ -33,6 +33,8 @@ def sort_by_expert(expert_Tk, n_experts: int):
 
 def experts_loop(x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF):
     """A loop over the non-empty experts' contiguous slices, with the backward pass written out (CPU)."""
+    if x_TL.shape[0] == 1 and not torch.is_grad_enabled():
+        return _one_token(x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF)
     order, counts = sort_by_expert(expert_Tk, up_EFL.shape[0])
     # bfloat16 products on a CPU are compiled per shape (ten times the product's own time, seen with torch 2.13), so an
     # expert's rows are padded with zeros to a multiple of 16 and few shapes occur.
@@ -44,6 +46,17 @@ def experts_loop(x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF):
             slices.append((e, slice(start, start + count), slice(first, first + count), slice(first, first + rows)))
             start, first = start + count, first + rows
     return _Loop.apply(x_TL, weight_Tk, up_EFL, down_ELF, order, slices, first)
+
+
+def _one_token(x_1L, expert_1k, weight_1k, up_EFL, down_ELF):
+    """Decoding one token: nothing to sort, every product is a matrix with a vector."""
+    dtype, x = x_1L.dtype, x_1L[0]
+    y = torch.zeros_like(x, dtype=accumulate_dtype(x))
+    for e, weight in zip(expert_1k[0].tolist(), weight_1k[0].tolist()):
+        if e >= 0:
+            u = torch.mv(up_EFL[e].to(dtype), x).relu_()
+            y.add_(torch.mv(down_ELF[e].to(dtype), u.mul_(u)), alpha=weight)
+    return y.to(dtype)[None]
 
 
 class _Loop(torch.autograd.Function):

@@ -35,17 +35,19 @@ def ssd_recurrent(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, reset_BL=None, state
     decay_BLH = torch.exp(dt * A_H.to(dtype))
     if reset_BL is not None:
         decay_BLH = decay_BLH.masked_fill(reset_BL[..., None], 0.0)
-    xdt = x * dt[..., None]
-    B_BLHN = B_BLGN.to(dtype).repeat_interleave(H // G, dim=2)
-    C_BLHN = C_BLGN.to(dtype).repeat_interleave(H // G, dim=2)
-    state = x.new_zeros(B, H, P, N) if state_BHPN is None else state_BHPN.to(dtype)
+    # Heads are viewed as groups x heads of a group (r), so that B and C are never repeated.
+    decay_BLGr11 = decay_BLH.view(B, L, G, -1, 1, 1)
+    xdt_BLGrP1 = (x * dt[..., None]).view(B, L, G, -1, P, 1)
+    B_BLG11N, C_BLGN1 = B_BLGN.to(dtype)[:, :, :, None, None], C_BLGN.to(dtype)[..., None]
+    state = x.new_zeros(B, G, H // G, P, N) if state_BHPN is None else state_BHPN.to(dtype).view(B, G, -1, P, N)
     ys, states = [], []
     for t in range(L):
-        state = decay_BLH[:, t, :, None, None] * state + xdt[:, t, :, :, None] * B_BLHN[:, t, :, None, :]
-        ys.append((state @ C_BLHN[:, t, :, :, None]).squeeze(-1))
+        state = torch.addcmul(decay_BLGr11[:, t] * state, xdt_BLGrP1[:, t], B_BLG11N[:, t])
+        ys.append(state.flatten(2, 3) @ C_BLGN1[:, t])
         states.append(state)
-    y = torch.stack(ys, dim=1) + D_H.to(dtype)[:, None] * x
-    return y.to(x_BLHP.dtype), (torch.stack(states, dim=1) if all_states else state)
+    y = torch.addcmul(torch.stack(ys, dim=1).view(B, L, H, P), D_H.to(dtype)[:, None], x)
+    after = torch.stack(states, dim=1).view(B, L, H, P, N) if all_states else state.view(B, H, P, N)
+    return y.to(x_BLHP.dtype), after
 
 
 def ssd_chunked(

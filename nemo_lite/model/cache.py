@@ -4,9 +4,10 @@ Per attention layer keys and values in slots; per Mamba layer the last W-1 input
 (float32 or better); the same for the layers of the MTP block, which runs one position behind the trunk; and the trunk
 outputs that the block has not read yet, because their next token was not known.
 
-A forward appends. After a *tentative* forward, `commit(n)` keeps its first n tokens a row and `rollback()` none, without
-recomputing: the state after every token was kept. `snapshot()` and `restore()` return to an earlier point of the same
-cache at the price of references, since states are never written in place and slots only beyond the current length.
+A forward appends. After a *tentative* forward, `commit(n)` keeps its first n tokens a row and `rollback()` none,
+without recomputing: the state after every token was kept. `snapshot()` and `restore()` return to an earlier point of
+the same cache at the price of references, since states are never written in place and slots only beyond the current
+length.
 
 Shape letters: B batch, L length, S slots, w = W-1, H heads or hidden, K key/value heads, D, P head sizes, N state size.
 """
@@ -36,7 +37,7 @@ class MambaState:
         return self.window, self.state
 
     def advance(self, x_BLC: Tensor, state: Tensor, ctx: Context) -> None:
-        """Take in the tokens of one forward; `state` is the final one, or with ctx.tentative the one after each token."""
+        """Take in the tokens of one forward; `state` is the final one, or if ctx.tentative the one after each token."""
         before = self.window if self.window is not None else x_BLC.new_zeros(x_BLC.shape[0], self.w, x_BLC.shape[2])
         extended = torch.cat([before, x_BLC], dim=1)
         counts = ctx.counts or []

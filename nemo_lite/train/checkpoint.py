@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -35,6 +36,7 @@ from nemo_lite.config import CheckpointConfig, UserError
 from nemo_lite.parallel.native import World
 
 FORMAT = 1
+FAILURES = (Exception, CheckpointException)  # torch derives the latter from BaseException
 # Optimizer state by parameter name, not by group: groups depend on what is sharded, so on the number of ranks.
 BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -206,7 +208,7 @@ class Checkpointer:
         problem = None
         try:
             work()
-        except Exception as error:
+        except FAILURES as error:
             problem = _reason(error)
         problems: list[str | None] = [problem]
         if self.group is not None:
@@ -228,7 +230,7 @@ class Checkpointer:
         running, self.running = self.running, None
         try:
             running.result()
-        except Exception as error:
+        except FAILURES as error:
             if not self.world.main and isinstance(error, UserError):
                 raise SystemExit(1) from None  # it is the same on every rank, and rank 0 says it
             reason = str(error) if isinstance(error, UserError) else _reason(error)
@@ -270,7 +272,7 @@ def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             dcp.load(state, checkpoint_id=folder, no_dist=world is None or world.size == 1)
-    except Exception as error:
+    except FAILURES as error:
         raise UserError(f"{folder} does not fit this model: {_reason(error)}") from error
     if optimizer is None:
         model.load_state_dict(state["model"])

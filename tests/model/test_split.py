@@ -41,7 +41,7 @@ SIZES = {
 trunks = st.text("ME*-", min_size=1, max_size=4)
 blocks = st.sampled_from(["*E", "*", "M", "E", "-*", "ME*-", "*M"])
 seeds = st.integers(0, 2**16)
-FEW = settings(max_examples=25)
+FEW = settings(max_examples=40)
 
 
 def build(pattern, mtp="", seed=0, **sizes):
