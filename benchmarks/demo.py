@@ -23,7 +23,13 @@ RESULT = ROOT / "benchmarks" / "results" / "demo.json"
 RECIPE = "recipes/demo.yaml"
 MODEL = "runs/demo/model"
 # What each step of recipes/demo.sh is called in the result, by a word of the line that it prints first.
-STEPS = {"tokenizer": "tokenizer", "training": "train", "export": "export", "evaluation": "evaluate", "completion": "generate"}
+STEPS = {
+    "tokenizer": "tokenizer",
+    "training": "train",
+    "export": "export",
+    "evaluation": "evaluate",
+    "completion": "generate",
+}
 
 
 def environment() -> dict[str, str]:
@@ -62,9 +68,16 @@ def run_demo() -> dict[str, float]:
     """recipes/demo.sh from nothing; how long each step took."""
     left = [name for name in ("runs/demo", "runs/demo-tokenizer") if (ROOT / name).exists()]
     if left:
-        sys.exit(f"{' and '.join(left)} exists; remove it, so that the times are those of a first run, or use --evaluate")
+        sys.exit(
+            f"{' and '.join(left)} exists; remove it, so that the times are those of a first run, or use --evaluate"
+        )
     demo = subprocess.Popen(
-        ["sh", "recipes/demo.sh"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["sh", "recipes/demo.sh"],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert demo.stdout is not None
     seconds = timed(demo.stdout)
@@ -76,7 +89,11 @@ def run_demo() -> dict[str, float]:
 def command_json(*words: str) -> dict[str, Any]:
     """The JSON object that a nemo-lite command prints."""
     done = subprocess.run(
-        [sys.executable, "-m", "nemo_lite", *words, "--json"], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "nemo_lite", *words, "--json"],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
     )
     if done.returncode:
         sys.exit(f"nemo-lite {' '.join(words)} failed; nothing is written")
@@ -97,7 +114,11 @@ def main() -> None:
         "evaluate", MODEL, "--validation-fraction", "0.05", "--seq-len", "256", "--threads", "2"
     )  # fmt: skip
     facts = subprocess.run(
-        [sys.executable, "-m", "nemo_lite", "check", RECIPE, "--json"], cwd=ROOT, check=True, capture_output=True, text=True
+        [sys.executable, "-m", "nemo_lite", "check", RECIPE, "--json"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     body = {
         "command": "make demo",

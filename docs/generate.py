@@ -67,7 +67,7 @@ def recipes_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-# --------------------------------------------------------------------------------------------------------------- results
+# -------------------------------------------------------------------------------------------------------------- results
 
 RESULTS_INTRO = """\
 # Results
@@ -133,17 +133,19 @@ PEER_HEADER = [
 ]  # fmt: skip
 
 
+PEERS_INTRO = """\
+## Beside transformers
+
+Training steps, prefill and decode of the same random model in nemo_lite and in transformers, each measurement in a
+process of its own, ours and theirs in turn. Shape is rows x tokens (decode: + new tokens). Tokens per second are
+medians over rounds; the speedup is the median of the rounds' ratios, with their range beside it; MB is peak resident
+memory. bf16 training keeps float32 weights. *Noisy* means that other processes took more than 5 % of the machine in
+some round.
+"""
+
+
 def _peers(found: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "## Beside transformers",
-        "",
-        "Training steps, prefill and decode of the same random model in nemo_lite and in transformers, each measurement in",
-        "a process of its own, ours and theirs in turn. Shape is rows x tokens (decode: + new tokens). Tokens per second",
-        "are medians over rounds; the speedup is the median of the rounds' ratios, with their range beside it; MB is peak",
-        "resident memory. bf16 training keeps float32 weights. *Noisy* means that other processes took more than 5 % of",
-        "the machine in some round.",
-        "",
-    ]
+    lines = [PEERS_INTRO]
     if not found:
         return [*lines, f"{NOT_MEASURED} `make bench` does it.", ""]
     for each in found:
@@ -165,8 +167,9 @@ def _positions(shares: list[float]) -> str:
 def _demo_figures(demo: dict[str, Any]) -> list[list[str]]:
     """(what, value) of the demo's model on held-out files."""
     found, parameters = demo["evaluation"], demo["parameters"]
+    mtp = f"; MTP {parameters['mtp']['total'] / 1e6:.2f} M more" if parameters["mtp"]["total"] else ""
     rows = [
-        ["parameters", f"{parameters['total'] / 1e6:.2f} M, {parameters['active'] / 1e6:.2f} M active"],
+        ["parameters", f"{parameters['total'] / 1e6:.2f} M, {parameters['active'] / 1e6:.2f} M active{mtp}"],
         ["held-out bits per byte", f"{found['bits_per_byte']:.3f}"],
         ["gzip -9 on the same files", f"{found['gzip9_bits_per_byte']:.3f}"],
     ]
@@ -192,15 +195,17 @@ def _demo_figures(demo: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+DEMO_INTRO = """\
+## The demo
+
+The model that `make demo` trains on the Python standard library's own sources, on files held out from training.
+Acceptance length is 1 + accepted drafts per verify step. Along the text, drafts are made from the true text and count
+when they equal the main head's own greedy choice; free-running, the model completes held-out prompts.
+"""
+
+
 def _demo(found: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "## The demo",
-        "",
-        "The model that `make demo` trains on the Python standard library's own sources, on files held out from training.",
-        "Acceptance length is 1 + accepted drafts per verify step. Along the text, drafts are made from the true text and",
-        "count when they equal the main head's own greedy choice; free-running, the model completes held-out prompts.",
-        "",
-    ]
+    lines = [DEMO_INTRO]
     if not found:
         return [*lines, f"{NOT_MEASURED} `python benchmarks/demo.py` does it.", ""]
     demo = found[0]
@@ -240,8 +245,8 @@ def numbers(folder: Path = RESULTS) -> str:
                 continue
             shown[key] = [
                 f"{row['config']}, {row['work']} {_shape(row)}", f"{row['dtype']}, {row['threads']} threads",
-                _number(ours["tokens_per_second"]), _number(peer["tokens_per_second"]), f"**{row['speedup']:.2f}x**{mark}",
-                f"{row['memory_ratio']:.2f}x",
+                _number(ours["tokens_per_second"]), _number(peer["tokens_per_second"]),
+                f"**{row['speedup']:.2f}x**{mark}", f"{row['memory_ratio']:.2f}x",
             ]  # fmt: skip
             if (source := f"`{found['command']}`: {_machine(found['machine'])}") not in sources:
                 sources.append(source)

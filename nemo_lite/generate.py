@@ -126,7 +126,6 @@ class Generation:
     stats: Stats
 
 
-@torch.no_grad()
 def generate(
     model,
     input_ids: Tensor,
@@ -189,52 +188,51 @@ def generate(
         return len(new)
 
     try:
-        clock = time.perf_counter()
-        last_BH = None
-        for start in range(0, L, prefill_chunk):
-            part = slice(start, start + prefill_chunk)
-            docs = doc_ids[:, part] if doc_ids is not None else None
-            out = model(input_ids[:, part], doc_ids=docs, cache=cache)
-            if docs is None:
-                last_BH = out.hidden[:, -1]
-            else:
-                valid = docs >= 0
-                position = (valid * torch.arange(1, docs.shape[1] + 1, device=docs.device)).argmax(1)
-                here = out.hidden[torch.arange(B, device=docs.device), position]
-                last_BH = here if last_BH is None else torch.where(valid.any(1)[:, None], here, last_BH)
-        p_BV = probabilities(model.head(last_BH), sampling)
-        following = [draw(p_BV[b], generators[b]) for b in range(B)]
-        for b in range(B):
-            take(b, [following[b]])
-        stats.prefill_seconds, clock = time.perf_counter() - clock, time.perf_counter()
-
-        while not all(done):
-            next_B = torch.tensor(following, device=input_ids.device)
-            if not speculative:
-                p_BV = probabilities(model(next_B[:, None], cache=cache).logits[:, -1], sampling)
-                following = [draw(p_BV[b], generators[b]) for b in range(B)]
-                for b in range(B):
-                    take(b, [following[b]])
-                continue
-            drafts_BK, q_BKV = _drafts(model, cache, next_B, draft_tokens, sampling, generators, drafter)
-            out = model(torch.cat([next_B[:, None], drafts_BK], dim=1), cache=cache, tentative=True)
-            p_BKV = probabilities(out.logits, sampling)
-            if q_BKV is None:
-                q_BKV = torch.zeros_like(p_BKV[:, :-1]).scatter_(-1, drafts_BK[..., None], 1.0)
-            keep = []
+        with torch.inference_mode():
+            clock = time.perf_counter()
+            last_BH = None
+            for start in range(0, L, prefill_chunk):
+                part = slice(start, start + prefill_chunk)
+                docs = doc_ids[:, part] if doc_ids is not None else None
+                out = model(input_ids[:, part], doc_ids=docs, cache=cache)
+                if docs is None:
+                    last_BH = out.hidden[:, -1]
+                else:
+                    valid = docs >= 0
+                    position = (valid * torch.arange(1, docs.shape[1] + 1, device=docs.device)).argmax(1)
+                    here = out.hidden[torch.arange(B, device=docs.device), position]
+                    last_BH = here if last_BH is None else torch.where(valid.any(1)[:, None], here, last_BH)
+            following = _choose(model.head(last_BH), sampling, generators)
             for b in range(B):
-                drafts = drafts_BK[b].tolist()
-                kept, following[b] = accept(drafts, q_BKV[b], p_BKV[b], generators[b])
-                keep.append(kept + 1)
-                if not done[b]:
-                    stats.verify_steps += 1
-                    stats.drafted += draft_tokens
-                    stats.accepted += kept
-                    for k in range(kept):
-                        stats.accepted_at[k] += 1
-                    take(b, [*drafts[:kept], following[b]])
-            cache.commit(keep)
-        stats.decode_seconds = time.perf_counter() - clock
+                take(b, [following[b]])
+            stats.prefill_seconds, clock = time.perf_counter() - clock, time.perf_counter()
+
+            while not all(done):
+                next_B = torch.tensor(following, device=input_ids.device)
+                if not speculative:
+                    following = _choose(model(next_B[:, None], cache=cache).logits[:, -1], sampling, generators)
+                    for b in range(B):
+                        take(b, [following[b]])
+                    continue
+                drafts_BK, q_BKV = _drafts(model, cache, next_B, draft_tokens, sampling, generators, drafter)
+                out = model(torch.cat([next_B[:, None], drafts_BK], dim=1), cache=cache, tentative=True)
+                p_BKV = probabilities(out.logits, sampling)
+                if q_BKV is None:
+                    q_BKV = torch.zeros_like(p_BKV[:, :-1]).scatter_(-1, drafts_BK[..., None], 1.0)
+                keep = []
+                for b in range(B):
+                    drafts = drafts_BK[b].tolist()
+                    kept, following[b] = accept(drafts, q_BKV[b], p_BKV[b], generators[b])
+                    keep.append(kept + 1)
+                    if not done[b]:
+                        stats.verify_steps += 1
+                        stats.drafted += draft_tokens
+                        stats.accepted += kept
+                        for k in range(kept):
+                            stats.accepted_at[k] += 1
+                        take(b, [*drafts[:kept], following[b]])
+                cache.commit(keep)
+            stats.decode_seconds = time.perf_counter() - clock
     finally:
         model.train(was_training)
     stats.new_tokens = sum(len(row) for row in rows)
@@ -242,6 +240,13 @@ def generate(
     fill = model.config.pad_token_id or 0
     new = torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=input_ids.device)
     return Generation(rows, torch.cat([input_ids, new], dim=1), stats)
+
+
+def _choose(logits_BV: Tensor, sampling: Sampling, generators) -> list[int]:
+    """The next token of every row."""
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1).tolist()
+    return [draw(p_V, generator) for p_V, generator in zip(probabilities(logits_BV, sampling), generators)]
 
 
 def _drafts(model, cache, next_B, count, sampling, generators, drafter):

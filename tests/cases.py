@@ -6,6 +6,7 @@ A rank case is a function of a recipe's path, overrides and an output file; rank
 import errno
 import os
 import time
+from pathlib import Path
 
 import torch
 
@@ -54,9 +55,9 @@ def full_disk(step: str, rank: str) -> None:
     save = torch.save
 
     def refuse(value, file, *args, **options):
-        name = getattr(file, "name", "")
-        if f"rng_{rank}.pt" in str(name) and checkpoints.step_of(type("", (), {"name": name.split("/")[-2].split(".")[0]})) >= int(step):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(name))
+        path = Path(getattr(file, "name", ""))
+        if path.name == f"rng_{rank}.pt" and checkpoints.step_of(path.parent.with_suffix("")) >= int(step):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return save(value, file, *args, **options)
 
     checkpoints.torch.save = refuse
@@ -67,7 +68,7 @@ def no_manifest(step: str) -> None:
     write = checkpoints.write_manifest
 
     def refuse(folder):
-        if checkpoints.step_of(type("", (), {"name": folder.name.split(".")[0]})) >= int(step):
+        if checkpoints.step_of(folder.with_suffix("")) >= int(step):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "manifest.json"))
         write(folder)
 
@@ -229,8 +230,6 @@ def gathers(path: str, overrides: list[str], out: str) -> None:
 
 def state_of(path: str, overrides: list[str], out: str) -> None:
     """What a run_dir's newest checkpoint holds as this number of ranks loads it, and the next rows of data."""
-    from pathlib import Path
-
     setup = Setup(path, overrides)
     saver = checkpoints.Checkpointer(Path(setup.recipe.run_dir), setup.recipe.checkpoint, setup.world, print)
     folder = checkpoints.newest_whole(Path(setup.recipe.run_dir), print)
@@ -249,7 +248,7 @@ def state_of(path: str, overrides: list[str], out: str) -> None:
             for p, state in setup.optimizer.state.items()
             for key, value in state.items()
         },
-        "groups": {names[id(p)]: (g["lr"], g["weight_decay"]) for g in setup.optimizer.param_groups for p in g["params"]},
+        "decay": {names[id(p)]: g["weight_decay"] for g in setup.optimizer.param_groups for p in g["params"]},
         "train": saved["train"],
         "rows": rows,
     }  # fmt: skip

@@ -1,7 +1,7 @@
-"""A process that has imported everything and forks a child for each request: runs, and pairs of ranks, in milliseconds.
+"""A process that has imported everything and forks a child for each request, so that a run starts in no time.
 
-Requests are lines of JSON on stdin: {"call": "module:function", "args": [...], "env": {...}, "log": PATH} is answered by
-the child's pid, {"wait": PID} by its exit code (negative: the signal that ended it).
+Requests are lines of JSON on stdin: {"call": "module:function", "args": [...], "env": {...}, "log": PATH} is answered
+by the child's pid, {"wait": PID} by its exit code (negative: the signal that ended it).
 """
 
 import importlib
@@ -45,7 +45,6 @@ def main() -> None:
     import nemo_lite.train.__main__
     import nemo_lite.train.loop
     import nemo_lite.train.report  # noqa: F401
-
     from nemo_lite.config import load_recipe
 
     load_recipe(Path(__file__).parent / "recipes" / "resume.yaml")  # imports what reads recipes

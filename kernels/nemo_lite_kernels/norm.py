@@ -30,8 +30,12 @@ def gated_norm(x, z, weight, eps: float, groups: int):
 
 
 def rms_norm_lean(x, weight, eps: float):
-    """:func:`rms_norm` with its backward pass written out."""
-    return _LeanNorm.apply(x, None, weight, eps, 1) if torch.is_grad_enabled() else rms_norm(x, weight, eps)
+    """:func:`rms_norm` with its backward pass written out; without gradients torch's own where no cast is needed."""
+    if torch.is_grad_enabled():
+        return _LeanNorm.apply(x, None, weight, eps, 1)
+    if x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return rms_norm(x, weight, eps)
 
 
 def gated_norm_lean(x, z, weight, eps: float, groups: int):

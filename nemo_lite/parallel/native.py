@@ -1,8 +1,8 @@
 """The native engine: one process, or FSDP2 over the processes that torchrun started.
 
 Every layer is one FSDP2 group, gathered in the computing dtype. What must stay in float32 (norms, routers, A_log, D,
-dt_bias, the convolution) is small: it is left out of the groups and replicated, so that no mixed precision casts it, and
-its gradients are summed over the ranks by one all-reduce.
+dt_bias, the convolution) is small: it is left out of the groups and replicated, so that no mixed precision casts it,
+and its gradients are summed over the ranks by one all-reduce.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 
 from nemo_lite.config import Recipe, UserError
 
@@ -52,7 +53,7 @@ class World:
         return box[0]
 
     def on_main(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns on rank 0, on every rank. Its UserError ends all of them: rank 0 says it, others are silent."""
+        """What `work` returns on rank 0, on every rank. Its UserError ends all of them; only rank 0 says it."""
         value, error = None, None
         if self.main:
             try:
@@ -78,7 +79,17 @@ def start(device: str = "auto") -> World:
         return World(rank, size, place)
     from torch.distributed.device_mesh import init_device_mesh
 
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+        # torchrun keeps one store when it restarts the ranks of a machine (--max-restarts), with the addresses of the
+        # dead ones in it; so each life gets keys of its own. Several machines count restarts apart: they want a
+        # rendezvous backend that makes a new store, such as c10d.
+        store, rank, size = next(dist.rendezvous("env://"))
+        store.set_timeout(default_pg_timeout)
+        store = dist.PrefixStore(f"life_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    else:
+        dist.init_process_group(backend)
     return World(rank, size, place, init_device_mesh(kind, (size,), mesh_dim_names=("dp",)))
 
 
@@ -116,9 +127,7 @@ def parallelize(model: nn.Module, world: World, recipe: Recipe) -> nn.Module:
     replicated = stays_float32(model)
 
     def shard(module, reshard: bool) -> None:
-        fully_shard(
-            module, mesh=world.mesh, reshard_after_forward=reshard, mp_policy=policy, ignored_params=replicated
-        )
+        fully_shard(module, mesh=world.mesh, reshard_after_forward=reshard, mp_policy=policy, ignored_params=replicated)
 
     reshard = recipe.parallel.reshard_after_forward
     blocks = list(model.layers) + (list(model.mtp.layers) if model.mtp is not None else [])

@@ -17,13 +17,13 @@ FEW_ROWS = 16
 
 def dense(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight^T in x's dtype, the weight cast to it."""
-    weight = weight.to(x.dtype)
-    if x.device.type == "cpu" and not torch.is_grad_enabled():
-        rows = x.numel() // x.shape[-1]
+    if weight.dtype != x.dtype:
+        weight = weight.to(x.dtype)
+    if x.dim() == 2 and x.shape[0] < FEW_ROWS and x.is_cpu and not torch.is_grad_enabled():
         # Decoding reads the weight once for a row or a few; these forms reach more of the memory's bandwidth than
-        # F.linear does (benchmarks/README.md).
-        if rows == 1:
-            return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
-        if rows < FEW_ROWS and x.dtype == torch.bfloat16:
-            return (weight @ x.reshape(rows, -1).T).T.reshape(*x.shape[:-1], -1)
+        # F.linear does (docs/kernels.md).
+        if x.shape[0] == 1:
+            return torch.mv(weight, x[0])[None]
+        if x.dtype == torch.bfloat16:
+            return (weight @ x.T).T.contiguous()
     return F.linear(x, weight)

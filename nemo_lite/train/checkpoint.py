@@ -1,9 +1,9 @@
 """Sharded, asynchronous, atomic checkpoints of a run.
 
-RUN_DIR/checkpoints/step_N holds torch.distributed.checkpoint's files (model and optimizer, sharded as they lay), state.json
-(step, data position, model config), rng_R.pt per rank, and manifest.json with the size and CRC-32 of every file. It is
-written as step_N.partial, and renamed when everything is on disk: what is called step_N is whole. A damaged one is found
-by its manifest, named, and the one before it is used.
+RUN_DIR/checkpoints/step_N holds torch.distributed.checkpoint's files (model and optimizer, sharded as they lay),
+state.json (step, data position, model config), rng_R.pt per rank, and manifest.json with the size and CRC-32 of every
+file. It is written as step_N.partial, and renamed when everything is on disk: what is called step_N is whole. A damaged
+one is found by its manifest, named, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ class Checkpointer:
         self.last_saved = -1
 
     def _state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        optim = get_optimizer_state_dict(model, optimizer, options=BY_NAME)
-        return {"model": get_model_state_dict(model), "optim": optim}
+        weights = get_model_state_dict(model)  # first: it puts back the shards of what a validation left gathered
+        return {"model": weights, "optim": get_optimizer_state_dict(model, optimizer, options=BY_NAME)}
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, loop_state: dict[str, Any]) -> None:
         """Write step_N in the background (at once where checkpoint.asynchronous is off)."""
@@ -236,7 +236,9 @@ class Checkpointer:
             reason = str(error) if isinstance(error, UserError) else _reason(error)
             whole = [p for p in checkpoints(self.run_dir) if step_of(p) < self.last_saved]
             kept = f"{whole[-1]} is whole" if whole else "there is none before it"
-            raise UserError(f"the checkpoint of step {self.last_saved} could not be written: {reason}; {kept}") from error
+            raise UserError(
+                f"the checkpoint of step {self.last_saved} could not be written: {reason}; {kept}"
+            ) from error
 
     def close(self) -> None:
         self.worker.shutdown(wait=True)

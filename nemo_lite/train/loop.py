@@ -126,9 +126,7 @@ def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
             parameters={"total": counts["total"], "active": counts["active"]},
         )  # fmt: skip
         (run_dir / "env.json").write_text(json.dumps(facts, indent=1) + "\n")
-        metrics = stack.enter_context(
-            Metrics(run_dir, recipe.log, total_steps=config.steps, resume_step=state.step)
-        )
+        metrics = stack.enter_context(Metrics(run_dir, recipe.log, total_steps=config.steps, resume_step=state.step))
         metrics.note(_introduction(recipe, world, model, loader))
 
     def checkpoint() -> None:
@@ -350,7 +348,9 @@ def _not_finite(state: TrainState, batch, run_dir: Path, recipe: Recipe, world: 
     state.skipped_steps += 1
     state.nonfinite_in_a_row += 1
     if metrics is not None:
-        metrics.note(f"step {state.step}: loss or gradient is not finite, step skipped ({state.nonfinite_in_a_row} in a row)")
+        metrics.note(
+            f"step {state.step}: loss or gradient is not finite, step skipped ({state.nonfinite_in_a_row} in a row)"
+        )
     if state.nonfinite_in_a_row >= recipe.train.max_nonfinite:
         path = run_dir / f"nonfinite_step_{state.step}_rank_{world.rank}.json"
         path.write_text(json.dumps({"step": state.step, "rows": batch.rows, "sources": batch.sources}) + "\n")

@@ -21,7 +21,8 @@ def measured(run_dir: Path) -> list[tuple[str, float]]:
         for key in ("loss", "mtp_loss", "aux_loss", "val_loss", "val_mtp_loss"):
             values = record.get(key)
             values = values if isinstance(values, list) else [] if values is None else [values]
-            found += [(f"{record['step']} {key}{f'.{i + 1}' * key.endswith('mtp_loss')}", v) for i, v in enumerate(values)]
+            for depth, value in enumerate(values, start=1):
+                found.append((f"{record['step']} {key}{f'.{depth}' * key.endswith('mtp_loss')}", value))
     return found
 
 
@@ -36,5 +37,6 @@ def test_losses_are_the_stored_ones(forks, tmp_path, name, request):
         pytest.skip(f"stored {len(got)} values in {file.relative_to(ROOT)}")
     stored = [line.rsplit(" ", 1) for line in file.read_text().splitlines()]
     assert [key for key, _ in got] == [key for key, _ in stored]
-    off = {key: value - float(want) for (key, value), (_, want) in zip(got, stored) if abs(value - float(want)) > TOLERANCE}
+    off = {key: value - float(want) for (key, value), (_, want) in zip(got, stored)}
+    off = {key: difference for key, difference in off.items() if abs(difference) > TOLERANCE}
     assert not off, f"off by {off}; if that is meant, store the new losses (see the top of this file)"

@@ -1,6 +1,7 @@
 """The learning rate at every corner of each schedule."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -33,13 +34,13 @@ def test_wsd_decays_over_the_last_steps_to_min_lr(shape):
     }[shape]
     assert got[24:] == pytest.approx([LOW + (PEAK - LOW) * remaining((i + 1) / 16) for i in range(16)])
     assert got[24] < PEAK and got[-1] == pytest.approx(LOW, abs=1e-15)
-    assert all(a > b for a, b in zip(got[23:], got[24:]))
+    assert all(a > b for a, b in pairwise(got[23:]))
 
 
 def test_cosine_ends_at_min_lr():
     got = rates(kind="cosine", warmup_steps=4, decay_steps=30)  # decay_steps belongs to wsd
     assert got[4 + 17] == pytest.approx((PEAK + LOW) / 2)  # the middle of the 36 steps after the warmup
-    assert got[-1] == pytest.approx(LOW, abs=1e-15) and all(a > b for a, b in zip(got[3:], got[4:]))
+    assert got[-1] == pytest.approx(LOW, abs=1e-15) and all(a > b for a, b in pairwise(got[3:]))
 
 
 def test_constant_and_no_decay_stay_at_the_peak():

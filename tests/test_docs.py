@@ -1,0 +1,124 @@
+"""Generated pages are current, and show what the result files say. (docs/recipes.md: tests/test_check.py.)"""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+MACHINE = {
+    "cpu": "Some CPU", "cores": 2, "python": "3.11.9", "torch": "2.13.0", "transformers": "5.23.0", "commit": "abc1234",
+    "dirty": True,
+}  # fmt: skip
+
+
+def load(path: str):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def generate():
+    return load("docs/generate.py")
+
+
+def peer_row(work, dtype, threads, speedup, **more):
+    def side(speed):
+        return {"tokens_per_second": speed, "best": speed, "peak_mb": 1000, "other_cpu": [0.0, 0.01]}
+
+    return {
+        "work": work, "config": "bench_small", "dtype": dtype, "threads": threads, "batch": 4, "length": 512,
+        "nemo_lite": side(1000.0 * speedup), "transformers": side(1000.0), "speedup": speedup,
+        "speedup_by_round": [speedup - 0.1, speedup, speedup + 0.1], "memory_ratio": 0.5, "noisy": work == "decode",
+    } | more  # fmt: skip
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A folder of results as the benchmarks write them."""
+    peers = [peer_row("train", "fp32", 2, 1.5), peer_row("train", "fp32", 1, 1.25)]
+    peers.append(peer_row("decode", "bf16", 2, 3.0, batch=1, length=64, new_tokens=32))
+    body = {"command": "python benchmarks/peers.py all", "machine": MACHINE, "rows": peers}
+    (tmp_path / "peers_all_bench_small.json").write_text(json.dumps(body))
+    evaluation = {
+        "bits_per_byte": 1.4567, "bytes": 10, "gzip9_bits_per_byte": 2.0123,
+        "experts": {"layers.1": {"min_over_mean": 0.5, "max_over_mean": 1.5}},
+        "teacher_forced": {"acceptance_length": 2.1, "by_position": [0.7, 0.4]},
+        "free_running": {
+            "prompts": 200, "new_tokens": 128, "acceptance_length": 2.4, "by_position": [0.8, 0.6],
+            "repeated_8grams": 0.1,
+        },
+    }  # fmt: skip
+    demo = {
+        "command": "make demo", "machine": MACHINE | {"dirty": False}, "evaluation": evaluation,
+        "seconds": {"tokenizer": 3.2, "train": 400.0, "total": 480.0},
+        "parameters": {"total": 4_754_022, "active": 3_426_918, "mtp": {"total": 950_224}},
+    }  # fmt: skip
+    (tmp_path / "demo.json").write_text(json.dumps(demo))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["docs/results.md", "README.md"])
+def test_generated_pages_are_current(generate, name):
+    pages = {str(path.relative_to(ROOT)): text for path, text in generate.pages().items()}
+    assert (ROOT / name).read_text(encoding="utf-8") == pages[name], "run: python docs/generate.py"
+
+
+def test_results_show_what_was_measured(generate, measured):
+    page = generate.results_page(measured)
+    assert "| train | fp32 | 2 | 4 x 512 | 1,500 | 1,000 | **1.50x** | 1.40 to 1.60 | 1,000 | 1,000 | no |" in page
+    assert (
+        "| decode | bf16 | 2 | 1 x 64 + 32 | 3,000 | 1,000 | **3.00x** | 2.90 to 3.10 | 1,000 | 1,000 | yes |" in page
+    )
+    assert "`python benchmarks/peers.py all`" in page and "commit abc1234 with uncommitted changes." in page
+    assert "| held-out bits per byte | 1.457 |" in page and "| gzip -9 on the same files | 2.012 |" in page
+    assert "| acceptance length along the text | 2.10 (kept: 70%, 40%) |" in page
+    assert "| parameters | 4.75 M, 3.43 M active; MTP 0.95 M more |" in page
+    assert "| total | 480 s |" in page and generate.NOT_MEASURED not in page
+
+
+def test_the_readme_shows_the_most_threads(generate, measured):
+    block = generate.numbers(measured)
+    row = "| bench_small, train 4 x 512 | fp32, 2 threads | 1,500 | 1,000 | **1.50x** | 0.50x |"
+    assert row in block and "1 threads" not in block
+    assert "**3.00x** (noisy)" in block and "8.0 min" in block
+
+
+def test_what_is_missing_is_said(generate, tmp_path):
+    assert generate.results_page(tmp_path).count(generate.NOT_MEASURED) == 2
+    assert generate.numbers(tmp_path).count("not measured yet") == 2
+
+
+def test_a_readme_is_replaced_between_its_marks_only(generate, tmp_path):
+    text = f"before\n{generate.BEGIN}\nold\n{generate.END}\nafter\n"
+    once = generate.readme(text, tmp_path)
+    assert once.startswith("before\n") and once.endswith("\nafter\n") and "old" not in once
+    assert generate.readme(once, tmp_path) == once
+
+
+def test_links_between_documents_lead_somewhere():
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_demo_is_timed_by_the_lines_it_prints(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    demo = load("benchmarks/demo.py")
+    sys.modules.pop("peers", None)
+    script = (ROOT / "recipes" / "demo.sh").read_text(encoding="utf-8")
+    headings = [line.split('"')[1] for line in script.splitlines() if line.startswith("step ")]
+    steps = [demo.step_of(f"== {heading}\n") for heading in headings]
+    assert steps == ["tokenizer", "train", "export", "evaluate", "generate", "generate"]
+
+    ticks = iter(range(100))
+    lines = ["== training: two processes\n", "step 1\n", "== export: a directory\n", "== a completion\n", "text\n"]
+    lines.append("== the same completion\n")
+    assert demo.timed(lines, lambda: float(next(ticks))) == {"train": 1.0, "export": 1.0, "generate": 2.0, "total": 5.0}
+    assert capsys.readouterr().out == "".join(lines)
