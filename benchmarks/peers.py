@@ -4,9 +4,9 @@
     python benchmarks/peers.py decode --config bench_small --dtype bf16 --threads 2 --rounds 5
     python benchmarks/peers.py all                        # everything docs/results.md shows
 
-Each measurement is a process of its own; ours and the peer's alternate, so that a noisy machine hits both. A round in which
-other processes took more than 5 % of the CPU is measured again (and kept, marked, if the machine stays busy). Weights are
-random, tokens too. Results go to benchmarks/results as JSON with machine, commit and command.
+Each measurement is a process of its own; ours and the peer's alternate, so that a noisy machine hits both. A round in
+which other processes took more than 5 % of the CPU is measured again (and kept, marked, if the machine stays busy).
+Weights are random, tokens too. Results go to benchmarks/results as JSON with machine, commit and command.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def peer_model(config):
     transformers.logging.set_verbosity_error()
     raw = config_to_hf(config, "float32")
     raw.pop("num_hidden_layers"), raw.pop("architectures"), raw.pop("dtype")
-    return NemotronHForCausalLM(NemotronHConfig(**raw | {"num_nextn_predict_layers": 0, "time_step_limit": [0.0, 1e30]}))
+    return NemotronHForCausalLM(
+        NemotronHConfig(**raw | {"num_nextn_predict_layers": 0, "time_step_limit": [0.0, 1e30]})
+    )
 
 
 def measure(args) -> dict:
@@ -167,9 +169,9 @@ def measure(args) -> dict:
 
 def child(args, implementation: str) -> dict:
     command = [
-        sys.executable, __file__, args.work, "--config", args.config, "--dtype", args.dtype, "--threads", str(args.threads),
-        "--batch", str(args.batch), "--length", str(args.length), "--new-tokens", str(args.new_tokens),
-        "--implementation", implementation,
+        sys.executable, __file__, args.work, "--config", args.config, "--dtype", args.dtype,
+        "--threads", str(args.threads), "--batch", str(args.batch), "--length", str(args.length),
+        "--new-tokens", str(args.new_tokens), "--implementation", implementation,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -199,16 +201,19 @@ def compare(args) -> dict:
     }
     ours, peer = summary["nemo_lite"], summary["transformers"]
     pairs = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(*runs.values())]
-    work = {
-        key: getattr(args, key)
-        for key in ("work", "config", "dtype", "threads", "batch", "length")
-    } | ({"new_tokens": args.new_tokens} if args.work == "decode" else {})
-    return work | summary | {
-        "speedup": round(statistics.median(pairs), 3),
-        "speedup_by_round": [round(pair, 3) for pair in pairs],
-        "memory_ratio": round(ours["peak_mb"] / peer["peak_mb"], 3),
-        "noisy": any(share > BUSY for part in (ours, peer) for share in part["other_cpu"]),
-    }
+    work = {key: getattr(args, key) for key in ("work", "config", "dtype", "threads", "batch", "length")} | (
+        {"new_tokens": args.new_tokens} if args.work == "decode" else {}
+    )
+    return (
+        work
+        | summary
+        | {
+            "speedup": round(statistics.median(pairs), 3),
+            "speedup_by_round": [round(pair, 3) for pair in pairs],
+            "memory_ratio": round(ours["peak_mb"] / peer["peak_mb"], 3),
+            "noisy": any(share > BUSY for part in (ours, peer) for share in part["other_cpu"]),
+        }
+    )
 
 
 def machine() -> dict:
@@ -236,7 +241,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=["train", "prefill", "decode", "all"])
     parser.add_argument("--config", default="bench_small", help="recipe in recipes/pretrain (default: bench_small)")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 training: float32 weights, bf16 products")
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 training: float32 weights, bf16 products"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, help="rows (default: 4 for training, else 1)")
     parser.add_argument("--length", type=int, help="tokens a row (default: 512; decode: 64 of prompt)")
@@ -265,7 +272,8 @@ def main() -> None:
         row = compare(job)
         rows.append(row)
         print(
-            f"{row['work']:8} {row['dtype']} {row['threads']} threads: {row['nemo_lite']['tokens_per_second']:8.1f} tok/s, "
+            f"{row['work']:8} {row['dtype']} {row['threads']} threads: "
+            f"{row['nemo_lite']['tokens_per_second']:8.1f} tok/s, "
             f"transformers {row['transformers']['tokens_per_second']:8.1f}: {row['speedup']:.2f}x, "
             f"memory {row['memory_ratio']:.2f}x{'  (noisy)' if row['noisy'] else ''}",
             flush=True,

@@ -19,7 +19,9 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
             raise UserError(f"checkpoint {path} is damaged: {problem}")
         return path.parent.parent, path
     if not (path / "recipe.yaml").exists():
-        raise UserError(f"{path} is neither a RUN_DIR (it has no recipe.yaml) nor a checkpoint RUN_DIR/checkpoints/step_N")
+        raise UserError(
+            f"{path} is neither a RUN_DIR (it has no recipe.yaml) nor a checkpoint RUN_DIR/checkpoints/step_N"
+        )
     folder = newest_whole(path, print)
     if folder is None:
         raise UserError(f"{path} has no whole checkpoint to export")
@@ -76,9 +78,13 @@ def main(argv: list[str]) -> int:
         description="Write a checkpoint as a Hugging Face NemotronH directory: config, safetensors (MTP tensors "
         "included), tokenizer. transformers, vLLM and `nemo-lite generate` open it.",
     )
-    parser.add_argument("source", metavar="RUN_DIR|CHECKPOINT", type=Path, help="a run (its newest checkpoint), or step_N")
+    parser.add_argument(
+        "source", metavar="RUN_DIR|CHECKPOINT", type=Path, help="a run (its newest checkpoint), or step_N"
+    )
     parser.add_argument("--to", required=True, metavar="MODEL_DIR", type=Path, help="directory to write")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of linears and embeddings (default: as trained)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="of linears and embeddings (default: as trained)"
+    )
     parser.add_argument("--json", action="store_true", help="print the facts as one JSON object")
     args = parser.parse_args(argv)
     facts = export(args.source, args.to, args.dtype)

@@ -66,9 +66,7 @@ def draw(probs_V: Tensor, generator: torch.Generator | None) -> int:
     return min(index, int(possible[-1]))  # rounding must not reach a token of probability 0
 
 
-def accept(
-    drafts_K: Sequence[int], q_KV: Tensor, p_KV: Tensor, generator: torch.Generator | None
-) -> tuple[int, int]:
+def accept(drafts_K: Sequence[int], q_KV: Tensor, p_KV: Tensor, generator: torch.Generator | None) -> tuple[int, int]:
     """(drafts kept, the token after them) for one row; q_KV [K, V] and p_KV [K + 1, V] are distributions."""
     for k, token in enumerate(drafts_K):
         p, q = float(p_KV[k, token]), float(q_KV[k, token])
@@ -326,7 +324,7 @@ def main(argv: list[str]) -> int:
         top_p=args.top_p,
         seed=args.seed,
         speculative=args.speculative is not None,
-        draft_tokens=args.draft_tokens or model.config.mtp.depth,
+        draft_tokens=model.config.mtp.depth if args.draft_tokens is None else args.draft_tokens,
         stop_ids=stop,
         on_tokens=None if args.json else show,
     )

@@ -6,7 +6,7 @@ says what it chose and why not the others.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -65,9 +65,9 @@ class Ops:
     rms_norm: Callable
     gated_norm: Callable
     choices: tuple[dict, ...]
-    ssd_recurrent: Callable = staticmethod(_ssd.ssd_recurrent)
-    attention_cached: Callable = staticmethod(_attention.attention_cached)
-    squared_relu: Callable = staticmethod(_moe.squared_relu)
+    ssd_recurrent: Callable = field(default=_ssd.ssd_recurrent)
+    attention_cached: Callable = field(default=_attention.attention_cached)
+    squared_relu: Callable = field(default=_moe.squared_relu)
 
 
 def select(device: str | torch.device = "cpu", wanted: Mapping[str, str] | None = None) -> Ops:

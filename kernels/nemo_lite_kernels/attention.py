@@ -1,7 +1,7 @@
 """Causal grouped-query attention without positional embedding.
 
-Shape letters: T tokens of all rows one after the other, B batch, L new tokens, S cache slots, A query heads, K key/value
-heads, D head size.
+Shape letters: T tokens of all rows one after the other, B batch, L new tokens, S cache slots, A query heads, K
+key/value heads, D head size.
 """
 
 import torch
@@ -27,15 +27,17 @@ def _causal(q, k, v):
 
 def attention_masked(q_TAD, k_TKD, v_TKD, lengths: list[int]):
     """The reference: the softmax written out over all T x T pairs, documents apart by a mask."""
-    T, A, D = q_TAD.shape
+    A, D = q_TAD.shape[1:]
     group = A // k_TKD.shape[1]
     k, v = k_TKD.repeat_interleave(group, 1), v_TKD.repeat_interleave(group, 1)
     document = torch.repeat_interleave(
         torch.arange(len(lengths), device=q_TAD.device), torch.tensor(lengths, device=q_TAD.device)
     )
     visible = (document[:, None] == document[None]).tril()
-    scores = torch.einsum("qad,kad->aqk", q_TAD, k).float() if q_TAD.dtype != torch.float64 else torch.einsum(
-        "qad,kad->aqk", q_TAD, k
+    scores = (
+        torch.einsum("qad,kad->aqk", q_TAD, k).float()
+        if q_TAD.dtype != torch.float64
+        else torch.einsum("qad,kad->aqk", q_TAD, k)
     )
     weights = (scores * D**-0.5).masked_fill(~visible, -torch.inf).softmax(-1).to(v.dtype)
     return torch.einsum("aqk,kad->qad", weights, v)

@@ -80,7 +80,7 @@ class _LeanConv(torch.autograd.Function):
         y = torch.empty_like(x_BLC, memory_format=torch.contiguous_format)
         for b, x in enumerate(x_BLC):
             row_masks = [mask[b] for mask in masks] if masks is not None else None
-            for part in row_blocks(*x.shape, x.device):
+            for part in row_blocks(x.shape[0], x.shape[1], x.device):
                 stop = min(part.stop, x.shape[0])
                 y[b, part] = F.silu(_LeanConv._before_silu(x, part.start, stop, weight, bias, row_masks), inplace=True)
         ctx.save_for_backward(x_BLC, weight_CW, bias_C)
@@ -97,7 +97,7 @@ class _LeanConv(torch.autograd.Function):
         dweight_WC, dbias = torch.zeros_like(weight.T, memory_format=torch.contiguous_format), torch.zeros_like(bias)
         for b, (x, dy) in enumerate(zip(x_BLC, dy_BLC)):
             masks = [mask[b] for mask in ctx.masks] if ctx.masks is not None else None
-            for part in row_blocks(*x.shape, x.device):
+            for part in row_blocks(x.shape[0], x.shape[1], x.device):
                 start, stop = part.start, min(part.stop, L)
                 ahead = min(stop + W - 1, L)  # inputs of this block act on outputs up to here
                 before = _LeanConv._before_silu(x, start, ahead, weight, bias, masks)

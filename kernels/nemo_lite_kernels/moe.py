@@ -1,10 +1,10 @@
 """Routed experts: y_t = sum_k weight_tk * down_e(relu(up_e x_t)^2), e = expert_tk (squared ReLU, not gated).
 
-Shape letters: T tokens, k experts of a token, E experts, L size experts read and write (latent or hidden), F inner size,
-S = T*k token copies sorted by expert.
+Shape letters: T tokens, k experts of a token, E experts, L size experts read and write (latent or hidden), F inner
+size, S = T*k token copies sorted by expert.
 
-All functions take x_TL, expert_Tk (int64; -1: this copy is not computed), weight_Tk, up_EFL, down_ELF and return y_TL in
-x's dtype. Tokens are sorted once; work and launches follow the experts hit, not their number.
+All functions take x_TL, expert_Tk (int64; -1: this copy is not computed), weight_Tk, up_EFL, down_ELF and return y_TL
+in x's dtype. Tokens are sorted once; work and launches follow the experts hit, not their number.
 """
 
 import torch

@@ -78,7 +78,7 @@ class _LeanNorm(torch.autograd.Function):
         dz = torch.empty(x2.shape, dtype=x.dtype, device=x.device) if z is not None else None
         wide = weight.to(dtype)
         dweight = torch.zeros_like(wide)
-        for part in row_blocks(*x2.shape, x.device):
+        for part in row_blocks(x2.shape[0], x2.shape[1], x.device):
             h, d = x2[part].to(dtype), dy2[part].to(dtype)
             if z2 is not None:
                 zp = z2[part].to(dtype)
@@ -89,7 +89,7 @@ class _LeanNorm(torch.autograd.Function):
             dweight += dnormed.sum(0)
             along = dnormed.mul_(wide).unflatten(-1, (groups, -1)).mean(-1, keepdim=True)
             dh = (d * wide).unflatten(-1, (groups, -1)).addcmul_(normed, along, value=-1).mul_(scale[part]).flatten(-2)
-            if z2 is None:
+            if z2 is None or dz is None:
                 dx[part] = dh
             else:
                 torch.mul(dh, gate, out=gate)

@@ -5,8 +5,8 @@ For every head, with a scalar decay per step (section 1.1 of the Mamba-2 paper's
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        state, [P, N]
     y_t = h_t C_t + D x_t
 
-Shape letters: B batch, L length, H heads, P head size, G groups sharing B and C, N state size, c chunks, l chunk length,
-r heads per group (H / G).
+Shape letters: B batch, L length, H heads, P head size, G groups sharing B and C, N state size, c chunks, l chunk
+length, r heads per group (H / G).
 
 All functions take
     x_BLHP, dt_BLH (after softplus and clamp; 0 on padding), A_H (negative), B_BLGN, C_BLGN, D_H,
@@ -87,7 +87,7 @@ CPU_CHUNK = 64
 
 
 class _Decays:
-    """exp of sums of dt A inside each chunk: between two tokens, from the chunk's start, to its end, and over all of it.
+    """exp of sums of dt A inside each chunk: between two tokens, from the chunk's start, to its end, over all of it.
 
     Chunks of all rows are counted through, Z = B c. Across a document's start every decay is zero.
     """
@@ -112,7 +112,7 @@ class _Decays:
             self.segment_Zl = segment_Bcl.view(B * c, l)
 
     def between_zhll(self, part: slice) -> Tensor:
-        """The decay from token j to token i of a chunk, [z, h, i, j]; 0 where j is not before i in the same document."""
+        """The decay from token j to token i of a chunk, [z, h, i, j]; 0 where i cannot see j."""
         cum = self.cum_Zhl[part]
         hidden = self.hidden_ll
         if self.segment_Zl is not None:

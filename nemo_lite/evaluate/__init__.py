@@ -58,7 +58,10 @@ def along_the_text(model, data: DataConfig, tokenizer, drafts: int, rows: int = 
         "bits_per_byte": nats / math.log(2) / max(size, 1.0),
         "bytes": int(size),
         "experts": {
-            name: {"min_over_mean": float(n.min() / n.double().mean()), "max_over_mean": float(n.max() / n.double().mean())}
+            name: {
+                "min_over_mean": float(n.min() / n.double().mean()),
+                "max_over_mean": float(n.max() / n.double().mean()),
+            }
             for name, n in experts.items()
         },
         "teacher_forced": {"acceptance_length": 1 + sum(shares), "by_position": shares} if drafts else None,
@@ -86,7 +89,11 @@ def free_running(
     by_position = [0] * drafts
     for start in range(0, len(heads), batch):
         out = generate(
-            model, torch.stack(heads[start : start + batch]), max_tokens=new_tokens, speculative=True, draft_tokens=drafts
+            model,
+            torch.stack(heads[start : start + batch]),
+            max_tokens=new_tokens,
+            speculative=True,
+            draft_tokens=drafts,
         )
         steps, accepted = steps + out.stats.verify_steps, accepted + out.stats.accepted
         by_position = [a + b for a, b in zip(by_position, out.stats.accepted_at)]
@@ -117,7 +124,9 @@ def held_out(model_dir: Path, data: DataConfig, *, drafts: int | None, prompts: 
             text = document.text.encode()
             raw, packed = raw + len(text), packed + len(gzip.compress(text, 9))
     figures["gzip9_bits_per_byte"] = 8 * packed / max(raw, 1)
-    figures["free_running"] = free_running(model, data, tokenizer, drafts, prompts, 64, new_tokens) if drafts and prompts else None
+    figures["free_running"] = (
+        free_running(model, data, tokenizer, drafts, prompts, 64, new_tokens) if drafts and prompts else None
+    )
     return figures
 
 
@@ -132,10 +141,14 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("model_dir", metavar="MODEL_DIR", type=Path)
     parser.add_argument("--source", default="stdlib", help="source whose held-out part is read (default: stdlib)")
-    parser.add_argument("--validation-fraction", type=float, default=0.02, metavar="F", help="as in training (default: 0.02)")
+    parser.add_argument(
+        "--validation-fraction", type=float, default=0.02, metavar="F", help="as in training (default: 0.02)"
+    )
     parser.add_argument("--seq-len", type=int, default=512, metavar="L", help="length of a row (default: 512)")
     parser.add_argument("--draft-tokens", type=int, metavar="K", help="drafts a step (default: the training depth)")
-    parser.add_argument("--prompts", type=int, default=200, metavar="N", help="prompts completed; 0 for none (default: 200)")
+    parser.add_argument(
+        "--prompts", type=int, default=200, metavar="N", help="prompts completed; 0 for none (default: 200)"
+    )
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="new tokens a prompt (default: 128)")
     parser.add_argument("--threads", type=int, metavar="N", help="torch threads")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -146,9 +159,7 @@ def main(argv: list[str]) -> int:
         tokenizer=str(args.model_dir), seq_len=args.seq_len, blend=[SourceConfig(source=args.source)],
         validation_fraction=args.validation_fraction,
     )  # fmt: skip
-    figures = held_out(
-        args.model_dir, data, drafts=args.draft_tokens, prompts=args.prompts, new_tokens=args.max_tokens
-    )
+    figures = held_out(args.model_dir, data, drafts=args.draft_tokens, prompts=args.prompts, new_tokens=args.max_tokens)
     print(json.dumps(figures) if args.json else describe(figures))
     return 0
 
@@ -160,7 +171,10 @@ def describe(figures: dict[str, Any]) -> str:
         positions = ", ".join(f"{share:.0%}" for share in found["by_position"])
         return f"{found['acceptance_length']:.2f} (kept by position: {positions})"
 
-    lines = [f"held-out bits per byte    {figures['bits_per_byte']:.3f}   (gzip -9 on the same files: {figures['gzip9_bits_per_byte']:.3f})"]
+    lines = [
+        f"held-out bits per byte    {figures['bits_per_byte']:.3f}   "
+        f"(gzip -9 on the same files: {figures['gzip9_bits_per_byte']:.3f})"
+    ]
     if figures["experts"]:
         name, worst = min(figures["experts"].items(), key=lambda item: item[1]["min_over_mean"])
         lines.append(f"least used expert         {worst['min_over_mean']:.0%} of its layer's mean load ({name})")

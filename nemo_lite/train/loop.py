@@ -241,6 +241,7 @@ def train_step(
     parameters = list(model.parameters())
     sum_replicated_gradients(parameters, world)
     norm = float(gradient_norm(parameters, world))
+    assert sums is not None
     losses = sums[: depth + 1].tolist()
     finite = math.isfinite(norm) and all(math.isfinite(x) for x in losses)
     experts = dict(zip(names, sums[depth + 2 : -1].split(model.config.n_routed_experts))) if names else {}

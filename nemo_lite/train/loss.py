@@ -1,8 +1,8 @@
 """Labels, their counts, and the chunked cross-entropy.
 
 Labels follow the Hugging Face convention: ``labels[b, t]`` is the token at t itself, or -100 where that token is no
-target. What position t predicts is found by shifting here: the main head predicts t+1, MTP depth k predicts t+k+1, never
-across a document's end.
+target. What position t predicts is found by shifting here: the main head predicts t+1, MTP depth k predicts t+k+1,
+never across a document's end.
 """
 
 import torch
@@ -62,9 +62,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 dlogits = logp.exp_()
                 dlogits.scatter_add_(-1, labels[:, None], dlogits.new_full((len(rows), 1), -1.0))
                 dlogits = dlogits.mul_(weights_T[rows, None].to(dtype)).to(h.dtype)
-                if need_h:
+                if dh is not None:
                     dh[rows] = dlogits @ weight
-                if need_w:
+                if dw is not None:
                     if dtype == h.dtype:
                         dw.addmm_(dlogits.T, h)
                     else:

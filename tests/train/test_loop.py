@@ -248,7 +248,7 @@ def test_too_many_in_a_row_stop_the_run(forks, tmp_path, ranks):
 
 @pytest.mark.slow
 def test_compiled_layers_train_alike(forks, tmp_path):
-    """One dense layer: on a CPU, Inductor takes minutes for the layers that loop (a Mamba-2 layer and this one: five)."""
+    """One dense layer: on a CPU, Inductor takes minutes for layers that loop (five with a Mamba-2 layer besides)."""
     small = ("model.pattern=-", "model.mtp.pattern=", "train.steps=3", "train.micro_batch_size=8")
     forks.train("resume", tmp_path / "plain", *small)
     forks.train("resume", tmp_path / "compiled", *small, "train.compile=true")

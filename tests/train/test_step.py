@@ -158,7 +158,7 @@ def test_the_step_is_the_written_out_definition():
     total.backward()
     got = step(micro=2)
     assert got.result.losses == pytest.approx([x.item() for x in losses], rel=1e-12)
-    assert got.result.aux_loss == pytest.approx(float(aux), rel=1e-12)
+    assert got.result.aux_loss == pytest.approx(aux.item(), rel=1e-12)
     for name, p in model.named_parameters():
         assert relative(got.gradients[name], p.grad) <= 1e-11, name
     assert set(counts) == set(got.result.expert_counts) == {"layers.1", "layers.4", "mtp.layers.1"}
