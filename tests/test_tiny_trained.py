@@ -15,7 +15,7 @@ from nemo_lite.generate import generate
 
 FIXTURES = Path(__file__).parent / "fixtures"
 MODEL_DIR = FIXTURES / "tiny_trained"
-PROMPT = "def forward(self, x):\n    "
+PROMPT = 'def forward(self, x):\n    """The '
 
 
 @pytest.fixture(scope="module")

@@ -389,6 +389,7 @@ def save_model(
         single = len(shards) == 1
         file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         (model_dir / f"model-{number:05d}.partial").rename(model_dir / file)
+        (model_dir / file).chmod(0o644)  # safetensors leaves it readable by its owner only
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
