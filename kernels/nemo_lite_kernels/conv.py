@@ -45,8 +45,12 @@ def causal_conv_lean(x_BLC, weight_CW, bias_C, reset_BL=None, window_BwC=None):
     or for the few tokens of decoding one product and one sum."""
     if window_BwC is not None and reset_BL is None and x_BLC.shape[1] <= 16 and not torch.is_grad_enabled():
         dtype = accumulate_dtype(x_BLC)
-        extended = torch.cat([window_BwC, x_BLC], dim=1).to(dtype).unfold(1, weight_CW.shape[1], 1)  # [B, L, C, W]
-        return F.silu((extended * weight_CW.to(dtype)).sum(-1).add_(bias_C)).to(x_BLC.dtype)
+        extended = torch.cat([window_BwC, x_BLC], dim=1).to(dtype)
+        if x_BLC.shape[1] == 1:
+            y = (extended * weight_CW.T).sum(1, keepdim=True)
+        else:
+            y = (extended.unfold(1, weight_CW.shape[1], 1) * weight_CW).sum(-1)
+        return F.silu(y.add_(bias_C)).to(x_BLC.dtype)
     if window_BwC is not None or not torch.is_grad_enabled():
         return causal_conv(x_BLC, weight_CW, bias_C, reset_BL, window_BwC)
     masks = _same_document(reset_BL, weight_CW.shape[1]) if reset_BL is not None else None

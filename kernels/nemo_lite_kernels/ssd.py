@@ -31,6 +31,8 @@ def ssd_recurrent(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, reset_BL=None, state
     B, L, H, P = x_BLHP.shape
     G, N = B_BLGN.shape[2:]
     dtype = accumulate_dtype(x_BLHP)
+    if L == 1 and reset_BL is None and state_BHPN is not None and not torch.is_grad_enabled():
+        return _one_step(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, state_BHPN, dtype, all_states)
     x, dt = x_BLHP.to(dtype), dt_BLH.to(dtype)
     decay_BLH = torch.exp(dt * A_H.to(dtype))
     if reset_BL is not None:
@@ -48,6 +50,20 @@ def ssd_recurrent(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, reset_BL=None, state
     y = torch.addcmul(torch.stack(ys, dim=1).view(B, L, H, P), D_H.to(dtype)[:, None], x)
     after = torch.stack(states, dim=1).view(B, L, H, P, N) if all_states else state.view(B, H, P, N)
     return y.to(x_BLHP.dtype), after
+
+
+def _one_step(x_B1HP, dt_B1H, A_H, B_B1GN, C_B1GN, D_H, state_BHPN, dtype, all_states):
+    """One token of :func:`ssd_recurrent` in few operations: decoding runs it for every layer and token."""
+    B, _, H, P = x_B1HP.shape
+    G, N = B_B1GN.shape[2:]
+    x_BHP, dt_BH11 = x_B1HP[:, 0].to(dtype), dt_B1H.to(dtype).reshape(B, H, 1, 1)
+    decayed = state_BHPN * torch.exp(dt_BH11 * A_H.view(-1, 1, 1))
+    xdt = (x_BHP.unsqueeze(-1) * dt_BH11).view(B * G, -1, 1)
+    state = torch.baddbmm(decayed.view(B * G, -1, N), xdt, B_B1GN.to(dtype).reshape(B * G, 1, N))
+    y = torch.bmm(state, C_B1GN.to(dtype).reshape(B * G, N, 1)).view(B, H, P)
+    y = torch.addcmul(y, x_BHP, D_H.to(dtype)[:, None]).to(x_B1HP.dtype)
+    state = state.view(B, H, P, N)
+    return y[:, None], state[:, None] if all_states else state
 
 
 def ssd_chunked(

@@ -61,7 +61,9 @@ class Mamba2(nn.Module):
         conv_BLC = self.conv1d(xBC_BLC, ctx.reset_BL, window)
         x, b, c = conv_BLC.split([inner, gn, gn], dim=-1)
         dtype = torch.promote_types(u_TH.dtype, torch.float32)
-        dt_BLH = F.softplus(dt_TH.to(dtype) + self.dt_bias.to(dtype)).clamp(*self.limit).unflatten(0, (B, L))
+        dt_BLH = F.softplus(dt_TH.to(dtype) + self.dt_bias.to(dtype)).unflatten(0, (B, L))
+        if self.limit != (0.0, float("inf")):  # softplus is within that already
+            dt_BLH = dt_BLH.clamp(*self.limit)
         if ctx.valid_BL is not None:
             dt_BLH = dt_BLH * ctx.valid_BL[..., None]  # padding neither decays the state nor adds to it
         scan = self.ssd if L > 1 and not ctx.tentative else self.ssd_recurrent
