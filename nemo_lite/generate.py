@@ -208,7 +208,9 @@ def generate(
             while not all(done):
                 next_B = torch.tensor(following, device=input_ids.device)
                 if not speculative:
-                    following = _choose(model.head(model(next_B[:, None], cache=cache).hidden[:, -1]), sampling, generators)
+                    following = _choose(
+                        model.head(model(next_B[:, None], cache=cache).hidden[:, -1]), sampling, generators
+                    )
                     for b in range(B):
                         take(b, [following[b]])
                     continue

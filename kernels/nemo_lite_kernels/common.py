@@ -12,7 +12,8 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 def row_blocks(rows: int, width: int, device: torch.device) -> list[slice]:
     """Blocks of rows to run a chain of elementwise operations on, one after the other.
 
-    On a CPU a block of about 256 KiB stays in the second-level cache through the chain; a GPU takes all rows at once.
+    On a CPU a block of about 256 KiB a thread stays in the cores' second-level caches through the chain; a GPU takes
+    all rows at once.
     """
-    step = max(1, (1 << 16) // max(width, 1)) if device.type == "cpu" else max(rows, 1)
+    step = max(1, (torch.get_num_threads() << 16) // max(width, 1)) if device.type == "cpu" else max(rows, 1)
     return [slice(start, start + step) for start in range(0, rows, step)]

@@ -138,9 +138,9 @@ class _Decays:
 
 
 def _parts(x_Zlhp: Tensor) -> list[slice]:
-    """The chunks to work on at once: one on a CPU, so that its matrices stay in cache, all on a GPU."""
+    """The chunks to work on at once: one a thread on a CPU, so that its matrices stay in cache, all on a GPU."""
     Z = x_Zlhp.shape[0]
-    step = 1 if x_Zlhp.device.type == "cpu" else max(Z, 1)
+    step = torch.get_num_threads() if x_Zlhp.device.type == "cpu" else max(Z, 1)
     return [slice(i, i + step) for i in range(0, Z, step)]
 
 
@@ -167,19 +167,20 @@ class _Chunked(torch.autograd.Function):
             weighted = xdt.view(-1, l, g, r * p).permute(0, 2, 3, 1)
             added_Zhpn[part] = (weighted @ B_Zgln[part]).view(-1, h, p, n)
 
-        added, states = added_Zhpn.view(Bt, c, h, p, n), [state_Bhpn]
-        for i in range(c):
-            states.append(torch.addcmul(added[:, i], decays.whole_Bch[:, i, :, None, None], states[-1]))
-        states_Zhpn = torch.stack(states[:-1], dim=1).view(Z, h, p, n)
+        added, state, states_Zhpn = added_Zhpn.view(Bt, c, h, p, n), state_Bhpn, added_Zhpn
+        for i in range(c):  # in the same memory: what a chunk adds gives way to the state it starts from
+            following = torch.addcmul(added[:, i], decays.whole_Bch[:, i, :, None, None], state)
+            added[:, i] = state
+            state = following
         for part in _parts(x):
             carried = C_Zgln[part] @ states_Zhpn[part].view(-1, g, r * p, n).transpose(-1, -2)  # [z, g, l, r*p]
             carried = carried.transpose(1, 2).reshape(-1, l, h, p)
             y[part].addcmul_(decays.from_start_Zlh[part][..., None], carried)
         y = y.view(Bt, c, l, h, p)
         ctx.save_for_backward(
-            x_Bclhp, dt_Bclh, A_h, B_Bclgn, C_Bclgn, D_h, segment_Bcl, states_Zhpn, states[-1], y
+            x_Bclhp, dt_Bclh, A_h, B_Bclgn, C_Bclgn, D_h, segment_Bcl, states_Zhpn, state, y
         )  # fmt: skip
-        return y, states[-1]
+        return y, state
 
     @staticmethod
     def backward(ctx, dy_Bclhp, dfinal_Bhpn):
@@ -203,14 +204,14 @@ class _Chunked(torch.autograd.Function):
             dC_Zgln[part] = dcarried @ states[part].view(-1, g, r * p, n)
             from_y[part] = (dcarried.transpose(-1, -2) @ C[part]).view(-1, h, p, n)
         from_y_B, states_B, dstate = from_y.view(Bt, c, h, p, n), states.view(Bt, c, h, p, n), dfinal_Bhpn
-        dadded, dend = [], []  # of each chunk's own contribution, and of its whole decay's logarithm
+        dend_Bch = torch.empty_like(decays.whole_Bch)  # of the logarithm of each chunk's whole decay
         for i in reversed(range(c)):
             out = states_B[:, i + 1] if i + 1 < c else final
-            dadded.append(dstate)
-            dend.append((dstate * out).sum((-1, -2)))
-            dstate = torch.addcmul(from_y_B[:, i], decays.whole_Bch[:, i, :, None, None], dstate)
-        dadded_Zgpn = torch.stack(dadded[::-1], dim=1).view(Z, g, r * p, n)
-        dend_Zh = torch.stack(dend[::-1], dim=1).view(Z, h)
+            dend_Bch[:, i] = (dstate * out).sum((-1, -2))
+            before = torch.addcmul(from_y_B[:, i], decays.whole_Bch[:, i, :, None, None], dstate)
+            from_y_B[:, i] = dstate  # in the same memory: the gradient of what the chunk adds
+            dstate = before
+        dadded_Zgpn, dend_Zh = from_y.view(Z, g, r * p, n), dend_Bch.view(Z, h)
 
         for part in _parts(x):
             xdt = x[part] * dt[part][..., None]

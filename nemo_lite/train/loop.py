@@ -161,10 +161,11 @@ def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
                 if state.step % recipe.log.every == 0 or last or state.step == 1:
                     metrics.log(window.record(rate, machine_peak, flops, memory_gb(world.device), config.steps))
             if held_out is not None and (state.step % recipe.eval.every == 0 or last):
+                began = time.perf_counter()
                 record = evaluate(model, held_out, byte_lengths, world)
                 if metrics is not None:
                     metrics.log({"step": state.step, "tokens": state.tokens, **record})
-                window.pause()
+                window.leave_out(time.perf_counter() - began)
             due = recipe.checkpoint.every and state.step % recipe.checkpoint.every == 0
             if due or last or result.stop:
                 checkpoint()
@@ -241,7 +242,6 @@ def train_step(
     parameters = list(model.parameters())
     sum_replicated_gradients(parameters, world)
     norm = float(gradient_norm(parameters, world))
-    assert sums is not None
     losses = sums[: depth + 1].tolist()
     finite = math.isfinite(norm) and all(math.isfinite(x) for x in losses)
     experts = dict(zip(names, sums[depth + 2 : -1].split(model.config.n_routed_experts))) if names else {}
@@ -287,12 +287,10 @@ class Window:
 
     def clear(self) -> None:
         self.started, self.results, self.data_seconds = time.perf_counter(), [], 0.0
-        self.paused: float | None = None
 
-    def pause(self) -> None:
+    def leave_out(self, seconds: float) -> None:
         """Validation took time that is not training's."""
-        if not self.results:
-            self.started = time.perf_counter()
+        self.started += seconds
 
     def add(self, result: StepResult) -> None:
         self.results.append(result)

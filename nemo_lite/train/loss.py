@@ -53,7 +53,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         nll_T = h_TH.new_zeros(len(labels_T), dtype=dtype)
         need_h, need_w = (training and need for need in ctx.needs_input_grad[:2])
         dh = torch.zeros_like(h_TH) if need_h else None
-        dw = torch.zeros_like(weight_VH, dtype=dtype) if need_w else None
+        dw = None
         for rows in keep_T.split(chunk):
             h, labels = h_TH[rows], labels_T[rows]
             logp = (h @ weight.T).to(dtype).log_softmax(-1)
@@ -64,11 +64,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 dlogits = dlogits.mul_(weights_T[rows, None].to(dtype)).to(h.dtype)
                 if dh is not None:
                     dh[rows] = dlogits @ weight
-                if dw is not None:
-                    if dtype == h.dtype:
-                        dw.addmm_(dlogits.T, h)
-                    else:
-                        dw += dlogits.T @ h
+                if need_w:
+                    part = dlogits.T @ h
+                    dw = part.to(dtype) if dw is None else dw.add_(part)
+        if need_w and dw is None:
+            dw = torch.zeros_like(weight_VH, dtype=dtype)
         ctx.save_for_backward(dh, dw)
         ctx.dtypes = weight_VH.dtype
         ctx.mark_non_differentiable(nll_T)
