@@ -51,7 +51,7 @@ def experts_loop(x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF):
 
 def _one_token(x_1L, expert_1k, weight_1k, up_EFL, down_ELF):
     """Decoding one token: nothing to sort, every product is a matrix with a vector."""
-    # In float32 also for bfloat16 weights: casting an expert and multiplying takes half the time of torch's own product.
+    # In float32 also for bfloat16 weights: casting an expert first takes half the time of torch's own product.
     x = x_1L.to(accumulate_dtype(x_1L))
     y = torch.zeros_like(x)
     for e, weight in zip(expert_1k[0].tolist(), weight_1k[0].tolist()):

@@ -19,9 +19,9 @@ def dense(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight^T in x's dtype, the weight cast to it."""
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
-    if x.dim() == 2 and x.shape[0] < FEW_ROWS and x.is_cpu and not torch.is_grad_enabled():
-        # Decoding reads the weight once for a row or a few; in bfloat16 these forms reach more of the
-        # memory's bandwidth than F.linear does (docs/kernels.md).
-        if x.dtype == torch.bfloat16:
-            return torch.mv(weight, x[0])[None] if x.shape[0] == 1 else (weight @ x.T).T.contiguous()
+    few = x.dim() == 2 and x.shape[0] < FEW_ROWS
+    if few and x.dtype == torch.bfloat16 and x.is_cpu and not torch.is_grad_enabled():
+        # Decoding reads the weight once for a row or a few; in bfloat16 these forms reach more of the memory's
+        # bandwidth than F.linear does (docs/kernels.md).
+        return torch.mv(weight, x[0])[None] if x.shape[0] == 1 else (weight @ x.T).T.contiguous()
     return F.linear(x, weight)

@@ -237,7 +237,8 @@ def train_step(
         measured = torch.cat([out.losses, out.aux_loss[None], *out.expert_counts.values()]).double()
         sums = measured if sums is None else sums + measured
     assert sums is not None
-    sums = world.sum_(torch.cat([sums, sums.new_tensor([float(stopping)])]))
+    sums = torch.cat([sums, sums.new_tensor([float(stopping)])])
+    world.sum_(sums)
 
     parameters = list(model.parameters())
     sum_replicated_gradients(parameters, world)
