@@ -227,18 +227,16 @@ def train_step(
     counts = world.sum_(torch.as_tensor(counts, device=world.device))
     normalizers = Normalizers([float(n) for n in counts], float(recipe.train.global_batch_size))
     names: list[str] = []
-    sums: Tensor | None = None
+    measured: list[Tensor] = []
     for i, micro in enumerate(micros):
         if world.size > 1:
             model.set_requires_gradient_sync(i == len(micros) - 1)
         out = model(micro.input_ids, doc_ids=micro.doc_ids, labels=micro.labels, normalizers=normalizers)
         out.loss.backward()
         names = list(out.expert_counts)
-        measured = torch.cat([out.losses, out.aux_loss[None], *out.expert_counts.values()]).double()
-        sums = measured if sums is None else sums + measured
-    assert sums is not None
-    sums = torch.cat([sums, sums.new_tensor([float(stopping)])])
-    world.sum_(sums)
+        measured.append(torch.cat([out.losses, out.aux_loss[None], *out.expert_counts.values()]).double())
+    sums = torch.stack(measured).sum(0)
+    sums = world.sum_(torch.cat([sums, sums.new_tensor([float(stopping)])]))
 
     parameters = list(model.parameters())
     sum_replicated_gradients(parameters, world)
