@@ -80,13 +80,14 @@ def measure(args) -> dict:
 
     if args.work == "train":
         from nemo_lite.data import Batch
-        from nemo_lite.parallel.native import World
+        from nemo_lite.parallel.native import World, keep_freed_memory
         from nemo_lite.train.loop import train_step
         from nemo_lite.train.optim import build_optimizer
 
         model.train()
         if ours:
             model.dtype = torch.bfloat16 if bf16 else torch.float32
+            keep_freed_memory()  # as a run does when it starts
             optimizer = build_optimizer(model, recipe.optim)
             world, recipe.train.global_batch_size = World(0, 1, torch.device("cpu")), batch
             doc_ids = torch.zeros_like(ids)

@@ -248,7 +248,7 @@ class TrainConfig:
     )
     recompute: Literal["none", "full"] = key("none", "`full` keeps only each layer's input and recomputes the rest")
     compile: bool = key(False, "torch.compile every layer; the first step takes minutes")
-    loss_chunk: int = key(1024, "tokens whose logits are held at once", "tokens", ge=1)
+    loss_chunk: int = key(512, "tokens whose logits are held at once", "tokens", ge=1)
     max_nonfinite: int = key(5, "steps in a row with a non-finite loss or gradient before the run stops", "steps", ge=1)
     threads: int | None = key(None, "torch threads a process; null leaves torch's choice", ge=1)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "`auto` takes CUDA where there is one")

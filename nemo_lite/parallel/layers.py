@@ -47,7 +47,7 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     """The output projection W [V, H]: logits, or the loss over them in chunks of tokens."""
 
-    def __init__(self, hidden_size: int, vocab_size: int, matmul: Matmul, chunk: int = 1024):
+    def __init__(self, hidden_size: int, vocab_size: int, matmul: Matmul, chunk: int = 512):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.matmul, self.chunk = matmul, chunk
