@@ -33,9 +33,6 @@ class MambaState:
         self.state: Tensor | None = None
         self._trail: tuple[Tensor, Tensor, Tensor | None] | None = None
 
-    def carried(self, batch: int, x_BLC: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        return self.window, self.state
-
     def advance(self, x_BLC: Tensor, state: Tensor, ctx: Context) -> None:
         """Take in the tokens of one forward; `state` is the final one, or if ctx.tentative the one after each token."""
         before = self.window if self.window is not None else x_BLC.new_zeros(x_BLC.shape[0], self.w, x_BLC.shape[2])

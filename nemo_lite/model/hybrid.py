@@ -20,14 +20,14 @@ from torch.utils.checkpoint import checkpoint
 from nemo_lite import pattern as patterns
 from nemo_lite.config import ModelConfig
 from nemo_lite.model.attention import Attention
-from nemo_lite.model.cache import HybridCache
+from nemo_lite.model.cache import HybridCache, Pending
 from nemo_lite.model.context import Context, packed_context
 from nemo_lite.model.mamba2 import Mamba2
 from nemo_lite.model.moe import MLP, LatentMoE
 from nemo_lite.model.mtp import MTP
 from nemo_lite.parallel.layers import Layers
 from nemo_lite.parallel.native import copy_whole
-from nemo_lite.train.loss import IGNORE, shift_left, shifted_labels
+from nemo_lite.train.loss import IGNORE, label_counts, shift_left, shifted_labels
 
 
 @dataclass
@@ -182,6 +182,11 @@ class HybridLM(nn.Module):
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
+    @property
+    def depth(self) -> int:
+        """MTP depths in training; 0 without an MTP block."""
+        return self.config.mtp.depth if self.mtp is not None else 0
+
     def _computing_dtype(self) -> torch.dtype:
         """An autocast region's dtype where there is one, else the one this model was built for."""
         kind = self.device.type
@@ -263,7 +268,7 @@ class HybridLM(nn.Module):
         assert self.mtp is not None
         targets = labels if labels is not None else input_ids
         hiddens, stats, h_TH = [], [], hidden_TH
-        for k in range(1, self.config.mtp.depth + 1):
+        for k in range(1, self.depth + 1):
             e_TH = self.embedding(shift_left(input_ids, k, 0).flatten()).to(h_TH.dtype)
             # A position whose own label is not there is a position only others of its kind see: causal attention.
             counted = shifted_labels(targets, doc_ids, k + 1) != IGNORE
@@ -274,9 +279,7 @@ class HybridLM(nn.Module):
 
     def _own(self, labels: Tensor, doc_ids: Tensor | None) -> Normalizers:
         """This batch's own counts."""
-        depth = self.config.mtp.depth if self.mtp is not None else 0
-        counts = [int((shifted_labels(labels, doc_ids, k + 1) != IGNORE).sum()) for k in range(depth + 1)]
-        return Normalizers([float(count) for count in counts], float(labels.shape[0]))
+        return Normalizers(label_counts(labels, doc_ids, self.depth).double().tolist(), float(labels.shape[0]))
 
     def _loss(self, out: HybridOutput, labels, doc_ids, stats, mtp_stats, normalizers: Normalizers) -> None:
         config, depth = self.config, len(out.mtp_hidden)
@@ -341,9 +344,8 @@ class HybridLM(nn.Module):
             last = pending.tokens.new_tensor([known] if known is not None else [])
             tokens = torch.cat([pending.tokens[1:], last])
             rows.append((pending.hidden[: len(tokens)], tokens))
-            cache.pending[b] = type(pending)(pending.hidden[len(tokens) :], pending.tokens[len(tokens) :])
-            if known is not None:
-                cache.pending[b] = None
+            left = slice(len(tokens), None)
+            cache.pending[b] = Pending(pending.hidden[left], pending.tokens[left]) if known is None else None
         if not any(row is not None for row in rows):
             return
         counts = [0 if row is None else len(row[1]) for row in rows]

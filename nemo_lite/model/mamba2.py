@@ -57,7 +57,8 @@ class Mamba2(nn.Module):
         if ctx.stream is None:
             window = state = None
         else:
-            window, state = ctx.stream.states[index].carried(B, xBC_BLC)
+            carried = ctx.stream.states[index]
+            window, state = carried.window, carried.state
         conv_BLC = self.conv1d(xBC_BLC, ctx.reset_BL, window)
         x, b, c = conv_BLC.split([inner, gn, gn], dim=-1)
         dtype = torch.promote_types(u_TH.dtype, torch.float32)

@@ -172,9 +172,7 @@ def parallelize(model: nn.Module, world: World, recipe: Recipe) -> nn.Module:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor."""
-    from torch.distributed.tensor import DTensor
-
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -187,12 +185,12 @@ def sum_replicated_gradients(parameters: Iterable[nn.Parameter], world: World) -
     """Sum over the ranks the gradients of the parameters that every rank holds whole."""
     if world.size == 1:
         return
-    with_gradient = [p for p in parameters if not is_sharded(p)]
-    for p in with_gradient:
+    replicated = [p for p in parameters if not is_sharded(p)]
+    for p in replicated:
         if p.grad is None:  # every rank must bring the same tensors
             p.grad = torch.zeros_like(p)
-    for dtype in sorted({p.dtype for p in with_gradient}, key=str):
-        gradients = [p.grad for p in with_gradient if p.dtype == dtype]
+    for dtype in sorted({p.dtype for p in replicated}, key=str):
+        gradients = [p.grad for p in replicated if p.dtype == dtype]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
@@ -206,8 +204,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], world: World) -> Tensor:
         if p.grad is not None:
             norm = torch.linalg.vector_norm(local(p.grad), dtype=torch.promote_types(p.dtype, torch.float32))
             total[int(is_sharded(p))] += norm.double().square()
-    sharded = world.sum_(total[1].clone()) if world.size > 1 else total[1]
-    return (total[0] + sharded).sqrt()
+    return (total[0] + world.sum_(total[1].clone())).sqrt()
 
 
 def copy_whole(parameter: Tensor, whole: Tensor) -> None:

@@ -222,7 +222,7 @@ def train_step(
     Every sum is divided by the global batch's own count, known before the first backward. One all-reduce carries the
     losses, the routers' counts and whether a rank was asked to stop.
     """
-    depth = model.config.mtp.depth if model.mtp is not None else 0
+    depth = model.depth
     counts = sum(label_counts(micro.labels, micro.doc_ids, depth) for micro in micros)
     counts = world.sum_(torch.as_tensor(counts, device=world.device))
     normalizers = Normalizers([float(n) for n in counts], float(recipe.train.global_batch_size))
@@ -257,7 +257,7 @@ def train_step(
 @torch.no_grad()
 def evaluate(model: HybridLM, batches: Iterable, byte_lengths: Tensor, world: World) -> dict[str, Any]:
     """Validation: loss, MTP losses by depth, and bits per UTF-8 byte of the predicted tokens."""
-    depth = model.config.mtp.depth if model.mtp is not None else 0
+    depth = model.depth
     totals = torch.zeros(2 * depth + 3, dtype=torch.float64, device=world.device)
     model.eval()
     for batch in batches:
