@@ -11,10 +11,11 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints/cpu.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test load check bench clean
 help:
 	@echo "make demo    train a small hybrid on this machine, export it, complete text (about 10 minutes)"
 	@echo "make test    the tests"
+	@echo "make load    10,000 requests against a server, some of them broken off or malformed (about 2 minutes)"
 	@echo "make check   ruff and pyright"
 	@echo "make bench   training and decoding beside transformers (on a quiet machine)"
 	@echo "make setup   only .venv; make clean removes it and runs/demo*"
@@ -37,7 +38,10 @@ demo: $(STAMP)
 
 # One torch thread a process; files are shared out over two processes.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not load"
+
+load: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m load tests/serving
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -46,6 +50,7 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/peers.py all
+	$(BIN)/python benchmarks/serve.py all
 	$(BIN)/python docs/generate.py
 
 clean:

@@ -20,6 +20,9 @@ COMMANDS = {
     "export": ("nemo_lite.export:main", "write a run or checkpoint as a Hugging Face MODEL_DIR"),
     "evaluate": ("nemo_lite.evaluate:main", "bits per byte, expert load and MTP acceptance on held-out text"),
     "generate": ("nemo_lite.generate:main", "complete text with a MODEL_DIR"),
+    "serve": ("nemo_lite_serving.serve:main", "serve a MODEL_DIR behind the OpenAI API"),
+    "chat": ("nemo_lite_serving.client:main", "chat with a MODEL_DIR or a server in the terminal"),
+    "bench": ("nemo_lite_serving.load:main", "measure a server: nemo-lite bench serve URL"),
     "tokenizer": ("nemo_lite.data.tokenizer:main", "train a tokenizer on a folder of text"),
     "report": ("nemo_lite.train.report:main", "write report.html of a run"),
 }

@@ -5,6 +5,10 @@ one forward and gives p; draft d is kept with probability min(1, p(d)/q(d)), the
 from max(p - q, 0), and when all are kept one more token is drawn from p. What comes out is distributed as p, exactly;
 greedy decoding is the case where p and q are one-hot.
 
+A row with a seed is verified in another exact way (arXiv 2408.07978): the noise of position i is a function of seed and
+i alone, the token is argmax p / noise, the draft was argmax q / noise, and it is kept when the two agree. Somewhat
+fewer drafts are kept, but the text depends on the seed only: not on speculation, neighbours or interruptions.
+
 Shape letters: B rows, L prompt length, V vocabulary, K drafts.
 """
 
@@ -23,27 +27,81 @@ from nemo_lite.config import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen. temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole."""
+    """How a token is chosen, in the terms of the OpenAI and vLLM APIs.
+
+    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 leave the distribution whole. The penalties look at the tokens
+    so far: presence and frequency at the new ones, repetition (CTRL, arXiv 1909.05858) at the prompt too. logit_bias
+    holds (token, added to its logit). With a seed, the noise of a position depends on seed and position alone, so that
+    neither speculation nor neighbours nor preemption changes a token; without one every draw is fresh.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int | None = None
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
+        finite = float("inf")
+        if not 0 <= self.temperature < finite:
             raise UserError(f"temperature must be 0 or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.top_k < 0:
             raise UserError(f"top_k must be 0 or more, not {self.top_k}")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p must be between 0 and 1, not {self.min_p}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise UserError(f"{name} must be between -2 and 2, not {getattr(self, name)}")
+        if not 0 < self.repetition_penalty < finite:
+            raise UserError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+        for token, bias in self.logit_bias:
+            if token < 0 or not -100 <= bias <= 100:
+                raise UserError(f"logit_bias must map token ids to -100 to 100, not {token} to {bias}")
+
+
+def adjust(
+    logits_KV: Tensor,
+    sampling: Sampling,
+    prompt: Sequence[int] | Tensor,
+    output: Sequence[int],
+    drafts: Sequence[int] = (),
+) -> Tensor:
+    """The logits with bias and penalties. Row k stands after prompt, output and the first k drafts."""
+    presence, frequency, repetition = (
+        sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty,
+    )  # fmt: skip
+    if not (presence or frequency or sampling.logit_bias or repetition != 1):
+        return logits_KV
+    logits = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32), copy=True)
+    rows, V = logits.shape
+    if presence or frequency or repetition != 1:
+        new = torch.bincount(torch.as_tensor(output, dtype=torch.int64), minlength=V).to(logits).repeat(rows, 1)
+        for k, token in enumerate(drafts[: rows - 1]):
+            new[k + 1 :, token] += 1
+        if repetition != 1:
+            old = torch.bincount(torch.as_tensor(prompt, dtype=torch.int64), minlength=V).to(logits.device)
+            logits = torch.where(
+                (new > 0) | (old > 0), torch.where(logits > 0, logits / repetition, logits * repetition), logits
+            )
+        logits -= frequency * new + presence * (new > 0)
+    for token, bias in sampling.logit_bias:
+        logits[:, token] += bias
+    return logits
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution [..., V] that a token is drawn from: temperature, then top-k, then top-p."""
+    """The distribution [..., V] that a token is drawn from: temperature, then top-k, top-p, min-p."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = logits / sampling.temperature
+    # The largest is taken away first: a tiny temperature must not overflow.
+    logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[..., -1:], -torch.inf)
     probs = logits.softmax(-1)
@@ -51,6 +109,9 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         ranked, order = probs.sort(-1, descending=True)
         outside = ranked.cumsum(-1) - ranked >= sampling.top_p  # the token that crosses top_p stays
         probs = probs.masked_fill(outside.gather(-1, order.argsort(-1)), 0.0)
+    if sampling.min_p > 0:
+        probs = probs.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), 0.0)
+    if sampling.top_p < 1 or sampling.min_p > 0:
         probs = probs / probs.sum(-1, keepdim=True)
     return probs
 
@@ -76,6 +137,43 @@ def accept(drafts_K: Sequence[int], q_KV: Tensor, p_KV: Tensor, generator: torch
         rest = (p_KV[k] - q_KV[k]).clamp(min=0)
         return k, draw(rest if float(rest.sum()) > 0 else p_KV[k], generator)
     return len(drafts_K), draw(p_KV[len(drafts_K)], generator)
+
+
+class Draws:
+    """The randomness of one row: from its seed by position, or fresh (seed None)."""
+
+    def __init__(self, seed: int | None):
+        self.seed = seed
+        self.generator = torch.Generator()
+        if seed is None:
+            self.generator.seed()
+
+    def choose(self, p_V: Tensor, index: int) -> int:
+        """The row's new token number `index`, drawn from p_V."""
+        if self.seed is None:
+            return draw(p_V, self.generator)
+        # An exponential race: argmax p / noise is distributed as p (the Gumbel-max trick).
+        self.generator.manual_seed(_mix(self.seed, index))
+        noise = torch.empty(p_V.shape[-1], dtype=torch.float64).exponential_(generator=self.generator)
+        return int((p_V.double() / noise.clamp_(min=1e-300).to(p_V.device)).argmax())
+
+    def verify(self, drafts_K: Sequence[int], q_KV: Tensor, p_KV: Tensor, index: int) -> tuple[int, int]:
+        """(drafts kept, the token after them); draft 0 would be new token number `index`."""
+        if self.seed is None:
+            return accept(drafts_K, q_KV, p_KV, self.generator)
+        for k, token in enumerate(drafts_K):
+            right = self.choose(p_KV[k], index + k)
+            if right != token:
+                return k, right
+        return len(drafts_K), self.choose(p_KV[len(drafts_K)], index + len(drafts_K))
+
+
+def _mix(seed: int, index: int) -> int:
+    """A 64-bit hash (splitmix64), so that neighbouring positions and seeds have nothing in common."""
+    z = (seed * 0x9E3779B97F4A7C15 + index * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & 0xFFFFFFFFFFFFFFFF
+    for factor, shift in ((0xBF58476D1CE4E5B9, 30), (0x94D049BB133111EB, 27)):
+        z = ((z ^ (z >> shift)) * factor) & 0xFFFFFFFFFFFFFFFF
+    return (z ^ (z >> 31)) & 0x7FFFFFFFFFFFFFFF
 
 
 @dataclass
@@ -130,27 +228,26 @@ def generate(
     *,
     doc_ids: Tensor | None = None,
     max_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    seed: int | None = 0,
     speculative: bool = False,
     draft_tokens: int = 2,
     stop_ids: Sequence[int] = (),
     prefill_chunk: int = 2048,
     drafter: Callable | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
+    **sampling_options: Any,
 ) -> Generation:
     """Continue the prompts input_ids [B, L] by at most max_tokens tokens a row.
 
     doc_ids        -1 marks padding of shorter prompts, left or right.
     speculative    draft `draft_tokens` tokens with the MTP block and verify them; the tokens are the same.
-    seed           row b draws from a generator of its own seeded seed + b, so neighbours change nothing.
+    seed           row b's is seed + b, so neighbours change nothing; None draws afresh.
     prefill_chunk  tokens of the prompts read at once.
     drafter        replaces the MTP block in tests: (cache, next tokens [B], K) -> drafts [B, K], taken as certain.
     on_tokens      called as (row, new tokens) when they are final.
+    The other options are those of :class:`Sampling` (temperature, top_k, ...); the default is greedy.
     """
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = Sampling(**sampling_options)
     B, L = input_ids.shape
     if max_tokens < 1:
         raise UserError(f"max_tokens must be 1 or more, not {max_tokens}")
@@ -162,13 +259,45 @@ def generate(
         raise UserError(f"prefill_chunk must be 1 or more, not {prefill_chunk}")
     if L == 0 or (doc_ids is not None and bool((doc_ids < 0).all(1).any())):
         raise UserError("the prompt is empty; give at least one token")
-    was_training, generators = model.training, [torch.Generator().manual_seed(seed + b) for b in range(B)]
+    was_training, draws = model.training, [Draws(None if seed is None else seed + b) for b in range(B)]
+    prompts = [row if doc_ids is None else row[doc_ids[b] >= 0] for b, row in enumerate(input_ids)]
+    greedy = sampling == Sampling()
     model.eval()
     stats = Stats(rows=B, prompt_tokens=B * L if doc_ids is None else int((doc_ids >= 0).sum()))
     stats.accepted_at = [0] * (draft_tokens if speculative else 0)
     cache = model.new_cache(B, speculative=speculative and drafter is None)
     rows: list[list[int]] = [[] for _ in range(B)]
     done = [False] * B
+
+    def distributions(b: int, logits_KV: Tensor, drafts: Sequence[int] = ()) -> Tensor:
+        """Row b's distributions behind its tokens so far and 0, 1, ... of the drafts."""
+        return probabilities(adjust(logits_KV, sampling, prompts[b], rows[b], drafts), sampling)
+
+    def choose(logits_BV: Tensor) -> list[int]:
+        """The next token of every row."""
+        if greedy:
+            return logits_BV.argmax(-1).tolist()
+        return [draws[b].choose(distributions(b, row[None])[0], len(rows[b])) for b, row in enumerate(logits_BV)]
+
+    def draft(next_B: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Drafts [B, K] and the distributions [B, K, V] they were drawn from; None where they are certain."""
+        if drafter is not None:
+            return drafter(cache, next_B, draft_tokens), None
+        if greedy:
+            return model.draft(cache, next_B, draft_tokens, lambda logits: logits.argmax(-1)), None
+        drafts: list[list[int]] = [[] for _ in range(B)]
+        taken = []
+
+        def pick(logits_BV: Tensor) -> Tensor:
+            taken.append(torch.cat([
+                distributions(b, row.expand(len(drafts[b]) + 1, -1), drafts[b])[-1:]
+                for b, row in enumerate(logits_BV)
+            ]))  # fmt: skip
+            for b, q_V in enumerate(taken[-1]):
+                drafts[b].append(draws[b].choose(q_V, len(rows[b]) + len(drafts[b])))
+            return torch.tensor([row[-1] for row in drafts], device=logits_BV.device)
+
+        return model.draft(cache, next_B, draft_tokens, pick), torch.stack(taken, dim=1)
 
     def take(b: int, new: list[int]) -> int:
         """Append to row b up to its end; how many were taken."""
@@ -200,7 +329,7 @@ def generate(
                     position = (valid * torch.arange(1, docs.shape[1] + 1, device=docs.device)).argmax(1)
                     here = out.hidden[torch.arange(B, device=docs.device), position]
                     last_BH = here if last_BH is None else torch.where(valid.any(1)[:, None], here, last_BH)
-            following = _choose(model.head(last_BH), sampling, generators)
+            following = choose(model.head(last_BH))
             for b in range(B):
                 take(b, [following[b]])
             stats.prefill_seconds, clock = time.perf_counter() - clock, time.perf_counter()
@@ -208,21 +337,19 @@ def generate(
             while not all(done):
                 next_B = torch.tensor(following, device=input_ids.device)
                 if not speculative:
-                    following = _choose(
-                        model.head(model(next_B[:, None], cache=cache).hidden[:, -1]), sampling, generators
-                    )
+                    following = choose(model.head(model(next_B[:, None], cache=cache).hidden[:, -1]))
                     for b in range(B):
                         take(b, [following[b]])
                     continue
-                drafts_BK, q_BKV = _drafts(model, cache, next_B, draft_tokens, sampling, generators, drafter)
+                drafts_BK, q_BKV = draft(next_B)
                 out = model(torch.cat([next_B[:, None], drafts_BK], dim=1), cache=cache, tentative=True)
-                p_BKV = probabilities(out.logits, sampling)
+                p_BKV = torch.stack([distributions(b, row, drafts_BK[b].tolist()) for b, row in enumerate(out.logits)])
                 if q_BKV is None:
                     q_BKV = torch.zeros_like(p_BKV[:, :-1]).scatter_(-1, drafts_BK[..., None], 1.0)
                 keep = []
                 for b in range(B):
                     drafts = drafts_BK[b].tolist()
-                    kept, following[b] = accept(drafts, q_BKV[b], p_BKV[b], generators[b])
+                    kept, following[b] = draws[b].verify(drafts, q_BKV[b], p_BKV[b], len(rows[b]))
                     keep.append(kept + 1)
                     if not done[b]:
                         stats.verify_steps += 1
@@ -240,28 +367,6 @@ def generate(
     fill = model.config.pad_token_id or 0
     new = torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=input_ids.device)
     return Generation(rows, torch.cat([input_ids, new], dim=1), stats)
-
-
-def _choose(logits_BV: Tensor, sampling: Sampling, generators) -> list[int]:
-    """The next token of every row."""
-    if sampling.temperature == 0:
-        return logits_BV.argmax(-1).tolist()
-    return [draw(p_V, generator) for p_V, generator in zip(probabilities(logits_BV, sampling), generators)]
-
-
-def _drafts(model, cache, next_B, count, sampling, generators, drafter):
-    """Drafts [B, K] and the distributions [B, K, V] they were drawn from; None where they are certain."""
-    if drafter is not None:
-        return drafter(cache, next_B, count), None
-    if sampling.temperature == 0:
-        return model.draft(cache, next_B, count, lambda logits: logits.argmax(-1)), None
-    taken = []
-
-    def pick(logits_BV: Tensor) -> Tensor:
-        taken.append(probabilities(logits_BV, sampling))
-        return torch.tensor([draw(q, generators[b]) for b, q in enumerate(taken[-1])], device=logits_BV.device)
-
-    return model.draft(cache, next_B, count, pick), torch.stack(taken, dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------- the command

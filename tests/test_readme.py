@@ -1,11 +1,13 @@
 """README keeps its word: commands exist, the example runs, the tree is the tree."""
 
+import json
 import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+from serving.fake_server import FakeServer
 from tiny import tiny_config, tiny_model
 
 from nemo_lite import cli
@@ -14,7 +16,7 @@ from nemo_lite.data import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
+PAGES = [ROOT / page for page in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/serving.md")]
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -47,7 +49,7 @@ def test_commands_are_real(page, line, capsys):
     program, *words = shlex.split(line, comments=True)
     if program == "nemo-lite":
         assert words[0] in cli.COMMANDS
-        parts = words[:2] if words[0] == "tokenizer" else words[:1]
+        parts = words[:2] if words[0] in ("tokenizer", "bench") else words[:1]
         shown = help_of(parts, capsys)
         for option in (word for word in words if word.startswith("--")):
             assert re.search(rf"{option}\b", shown), f"{' '.join(parts)} has no {option}"
@@ -56,6 +58,11 @@ def test_commands_are_real(page, line, capsys):
     elif program == "torchrun":
         assert words[words.index("-m") + 1] == "nemo_lite.train"
         check_recipe(words)
+    elif program == "curl":
+        from nemo_lite_serving.schemas import CompletionRequest
+
+        assert words[0] == "127.0.0.1:8000/v1/completions"
+        CompletionRequest.model_validate(json.loads(words[words.index("-d") + 1]))
     elif program == "make":
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     elif program == "python" and words[0] != "-m":
@@ -74,7 +81,7 @@ def test_every_command_is_shown():
 
 
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
-    (example,) = blocks("python")
+    example, _ = blocks("python")
     tokenizer = load_tokenizer("bytes")
     config = tiny_config("MEM*E", mtp="*E", vocab_size=tokenizer.vocab_size)
     tiny_model(config).save_pretrained(tmp_path / "runs" / "demo" / "model", tokenizer=tokenizer)
@@ -84,6 +91,16 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     assert names["out"].losses.shape == (3,) and names["model"].embedding.weight.grad is not None
     assert names["tokens"].shape[1] <= len(names["first"]) + 32
     assert "def add" in capsys.readouterr().out
+
+
+def test_the_example_of_the_client_runs(capsys):
+    pytest.importorskip("openai")
+    _, example = blocks("python")
+    with FakeServer() as server:
+        example = example.replace("http://127.0.0.1:8000", server.url).replace("runs/demo/model", "tiny")
+        exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out == "The quick brown fox jumps over the dog\n"
+    assert server.requests[0]["prompt"] == "def main():"
 
 
 def shown_tree() -> dict[str, str]:
@@ -125,10 +142,14 @@ def test_the_tree_is_the_tree():
 def test_no_hosts_and_no_machine_of_ours():
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks" / "README.md"]:
         text = page.read_text(encoding="utf-8")
-        assert not re.search(r"https?://|\b[\w-]+\.(?:org|com|io|net|dev)\b", text), f"{page.name} names a host"
+        assert not re.search(r"https?://(?!127\.0\.0\.1\b)|\b[\w-]+\.(?:org|com|io|net|dev)\b", text), (
+            f"{page.name} names a host"
+        )
         assert not re.search(r"(?:^|[\s`\"'(=])/[a-z]+/", text), f"{page.name} has an absolute path"
 
 
-def test_the_picture_is_small():
-    picture = ROOT / re.search(r"!\[[^]]+\]\((\S+)\)", README)[1]
-    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 300_000
+def test_the_pictures_are_small():
+    names = re.findall(r"!\[[^]]+\]\((\S+)\)", README)
+    assert len(names) == 2
+    for picture in (ROOT / name for name in names):
+        assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 300_000

@@ -66,6 +66,7 @@ class Ops:
     gated_norm: Callable
     choices: tuple[dict, ...]
     ssd_recurrent: Callable = field(default=_ssd.ssd_recurrent)
+    ssd_verify: Callable = field(default=_ssd.ssd_verify)
     attention_cached: Callable = field(default=_attention.attention_cached)
     squared_relu: Callable = field(default=_moe.squared_relu)
 

@@ -34,8 +34,11 @@ def sort_by_expert(expert_Tk, n_experts: int):
 
 def experts_loop(x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF):
     """A loop over the non-empty experts' contiguous slices, with the backward pass written out (CPU)."""
-    if x_TL.shape[0] == 1 and not torch.is_grad_enabled():
-        return _one_token(x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF)
+    if x_TL.shape[0] <= FEW_TOKENS and not torch.is_grad_enabled():
+        decode = _one_token if x_TL.shape[0] == 1 else _few_tokens
+        if 2 * expert_Tk.numel() >= up_EFL.shape[0] and x_TL.shape[0] > 1 and up_EFL.numel() <= SMALL_EXPERTS:
+            decode = _all_experts
+        return decode(x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF)
     order, counts = sort_by_expert(expert_Tk, up_EFL.shape[0])
     # bfloat16 products on a CPU are compiled per shape (ten times the product's own time, seen with torch 2.13), so an
     # expert's rows are padded with zeros to a multiple of 16 and few shapes occur.
@@ -49,6 +52,10 @@ def experts_loop(x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF):
     return _Loop.apply(x_TL, weight_Tk, up_EFL, down_ELF, order, slices, first)
 
 
+FEW_TOKENS = 64
+SMALL_EXPERTS = 1 << 19  # elements of all up projections: both stay in a core's cache
+
+
 def _one_token(x_1L, expert_1k, weight_1k, up_EFL, down_ELF):
     """Decoding one token: nothing to sort, every product is a matrix with a vector."""
     # In float32 also for bfloat16 weights: casting an expert first takes half the time of torch's own product.
@@ -59,6 +66,38 @@ def _one_token(x_1L, expert_1k, weight_1k, up_EFL, down_ELF):
             u = F.linear(x, up_EFL[e].to(x.dtype)).relu_()
             y.add_(F.linear(u.mul_(u), down_ELF[e].to(x.dtype)), alpha=weight)
     return y.to(x_1L.dtype)
+
+
+def _all_experts(x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF):
+    """Small experts, many of them hit: two batched products over all of them take less time than starting one a piece.
+    An expert that a token did not choose has weight 0 there."""
+    dtype = accumulate_dtype(x_TL)
+    T, E = x_TL.shape[0], up_EFL.shape[0]
+    weight_TE = torch.zeros(T, E + 1, dtype=dtype, device=x_TL.device)
+    weight_TE.scatter_add_(1, expert_Tk + 1, weight_Tk.to(dtype))  # column 0: copies that are not computed
+    h_ETF = torch.matmul(x_TL, up_EFL.to(x_TL.dtype).transpose(1, 2)).relu_()
+    h_ETF = h_ETF.mul_(h_ETF).mul_(weight_TE[:, 1:].T.unsqueeze(-1))
+    return torch.bmm(h_ETF, down_ELF.to(x_TL.dtype).transpose(1, 2)).sum(0, dtype=dtype).to(x_TL.dtype)
+
+
+def _few_tokens(x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF):
+    """Decoding a batch or verifying drafts: an expert that is hit is read once for all its tokens, in one product up
+    and one down. Everything between them is done once for all copies: these tensors are small, and operations count."""
+    dtype = accumulate_dtype(x_TL)  # as for one token
+    copies = {}
+    for copy, e in enumerate(expert_Tk.flatten().tolist()):
+        if e >= 0:
+            copies.setdefault(e, []).append(copy)
+    if not copies:
+        return torch.zeros_like(x_TL)
+    sizes = [len(of_expert) for of_expert in copies.values()]
+    order = torch.tensor([copy for of_expert in copies.values() for copy in of_expert], device=x_TL.device)
+    token_S = order // expert_Tk.shape[1]
+    xs = x_TL.to(dtype).index_select(0, token_S).split(sizes)
+    u_SF = torch.cat([F.linear(x, up_EFL[e].to(dtype)) for e, x in zip(copies, xs)]).relu_()
+    us = u_SF.mul_(u_SF).mul_(weight_Tk.reshape(-1, 1).to(dtype).index_select(0, order)).split(sizes)
+    y_SL = torch.cat([F.linear(u, down_ELF[e].to(dtype)) for e, u in zip(copies, us)])
+    return torch.zeros_like(x_TL, dtype=dtype).index_add_(0, token_S, y_SL.to(dtype)).to(x_TL.dtype)
 
 
 class _Loop(torch.autograd.Function):

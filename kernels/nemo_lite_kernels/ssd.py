@@ -13,7 +13,12 @@ All functions take
     reset_BL   bool or None: True where the state is zeroed before the token (a document starts),
     state_BHPN the state carried in, or None for zero,
 compute in float32 or better, and return y_BLHP in x's dtype and the final state in the computing dtype.
+
+``ssd_verify`` and ``ssd_advance`` are the same recurrence for a handful of tokens in speculative decoding: all outputs
+first, and the state once it is known how many of the tokens stay.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +30,14 @@ from nemo_lite_kernels.common import accumulate_dtype
 def ssd_recurrent(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, reset_BL=None, state_BHPN=None, *, all_states=False, **_):
     """The recurrence itself, one token after the other: the reference, and the form that decodes.
 
-    With ``all_states`` the second result is the state after every token, [B, L, H, P, N], so that a verification can
-    keep the state of the last accepted token.
+    With ``all_states`` the second result is the state after every token, [B, L, H, P, N]: the reference of
+    :func:`ssd_advance`.
     """
     B, L, H, P = x_BLHP.shape
     G, N = B_BLGN.shape[2:]
     dtype = accumulate_dtype(x_BLHP)
-    if L == 1 and reset_BL is None and state_BHPN is not None and not torch.is_grad_enabled():
-        return _one_step(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, state_BHPN, dtype, all_states)
+    if L == 1 and reset_BL is None and state_BHPN is not None and not all_states and not torch.is_grad_enabled():
+        return _one_step(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, state_BHPN, dtype)
     x, dt = x_BLHP.to(dtype), dt_BLH.to(dtype)
     decay_BLH = torch.exp(dt * A_H.to(dtype))
     if reset_BL is not None:
@@ -52,31 +57,90 @@ def ssd_recurrent(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, reset_BL=None, state
     return y.to(x_BLHP.dtype), after
 
 
-def _one_step(x_B1HP, dt_B1H, A_H, B_B1GN, C_B1GN, D_H, state_BHPN, dtype, all_states):
+def _one_step(x_B1HP, dt_B1H, A_H, B_B1GN, C_B1GN, D_H, state_BHPN, dtype):
     """One token of :func:`ssd_recurrent` in few operations: decoding runs it for every layer and token."""
     B, _, H, P = x_B1HP.shape
     G, N = B_B1GN.shape[2:]
     x_BHP, dt_BH11 = x_B1HP[:, 0].to(dtype), dt_B1H.to(dtype).reshape(B, H, 1, 1)
     decayed = state_BHPN * torch.exp(dt_BH11 * A_H.view(-1, 1, 1))
     xdt = (x_BHP.unsqueeze(-1) * dt_BH11).view(B * G, -1, 1)
-    state = torch.baddbmm(decayed.view(B * G, -1, N), xdt, B_B1GN.to(dtype).reshape(B * G, 1, N))
+    state = decayed.view(B * G, -1, N).baddbmm_(xdt, B_B1GN.to(dtype).reshape(B * G, 1, N))
     y = torch.bmm(state, C_B1GN.to(dtype).reshape(B * G, N, 1)).view(B, H, P)
     y = torch.addcmul(y, x_BHP, D_H.to(dtype)[:, None]).to(x_B1HP.dtype)
-    state = state.view(B, H, P, N)
-    return y[:, None], state[:, None] if all_states else state
+    return y[:, None], state.view(B, H, P, N)
 
 
-def ssd_chunked(
-    x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, reset_BL=None, state_BHPN=None, *, chunk_size=128, all_states=False
-):
+def ssd_verify(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, state_BHPN):
+    """y_BLHP of a few tokens after the state, in closed form and with no state kept (arXiv 2405.21060, section 6):
+
+        y_t = exp(a_0 + .. + a_t) S C_t + sum_{j <= t} exp(a_{j+1} + .. + a_t) (C_t . B_j) dt_j x_j + D x_t,   a = dt A
+
+    Quadratic in L and without a loop over it: for verifying drafts, where the state is read once and L is 2 to 8.
+    """
+    B, L, H, P = x_BLHP.shape
+    G, N = B_BLGN.shape[2:]
+    dtype = accumulate_dtype(x_BLHP)
+    x, dt = x_BLHP.to(dtype), dt_BLH.to(dtype)
+    sums, hidden = _spans(L, dtype, x.device)
+    log_decay = (dt * _per_row(A_H, dtype)).transpose(1, 2).reshape(B * H, L)
+    decay = (
+        torch.addmm(hidden, log_decay, sums).exp_().view(B, G, -1, L, L + 1)
+    )  # [.., t, j]: into t from state, tokens
+    C = C_BLGN.to(dtype).transpose(1, 2).reshape(B * G, L, N)
+    scores = torch.bmm(C, B_BLGN.to(dtype).permute(0, 2, 3, 1).reshape(B * G, N, L))
+    mixed = (decay[..., 1:] * scores.view(B, G, 1, L, L)).view(B * H, L, L)
+    decayed_C = (decay[..., :1] * C.view(B, G, 1, L, N)).view(B * H, L, N)
+    xdt = (x * dt[..., None]).transpose(1, 2).reshape(B * H, L, P)
+    y = torch.bmm(decayed_C, state_BHPN.to(dtype).reshape(B * H, P, N).transpose(1, 2)).baddbmm_(mixed, xdt)
+    return torch.addcmul(y.view(B, H, L, P).transpose(1, 2), x, D_H.to(dtype)[:, None]).to(x_BLHP.dtype)
+
+
+def ssd_advance(x_BLHP, dt_BLH, A_H, B_BLGN, state_BHPN, counts_B):
+    """The state after the first counts_B[b] of row b's L tokens, 0 to L: what a verification accepted.
+
+        S' = exp(a_0 + .. + a_{n-1}) S + sum_{j < n} exp(a_{j+1} + .. + a_{n-1}) dt_j x_j B_j^T
+
+    A may be [H], or [B, H] where rows are of several layers, which then advance in one call.
+    """
+    B, L = dt_BLH.shape[:2]
+    G, N = B_BLGN.shape[2:]
+    dtype = accumulate_dtype(x_BLHP)
+    counted = torch.arange(L, device=x_BLHP.device)[:, None] < counts_B[:, None, None]
+    dt = dt_BLH.to(dtype) * counted  # a token that is not counted neither decays the state nor adds to it
+    sums, _ = _spans(L, dtype, dt.device)
+    decay = torch.matmul(sums.view(L, L, -1)[:, -1].T, dt * _per_row(A_H, dtype)).exp_()  # [B, 1 + L, H], to the end
+    xdt = (x_BLHP.to(dtype) * (dt * decay[:, 1:])[..., None]).view(B, L, G, -1).transpose(1, 2).reshape(B * G, L, -1)
+    state = state_BHPN.to(dtype) * decay[:, 0, :, None, None]
+    state.view(B * G, -1, N).baddbmm_(xdt.transpose(1, 2), B_BLGN.to(dtype).transpose(1, 2).reshape(B * G, L, N))
+    return state
+
+
+def _per_row(A_H: Tensor, dtype: torch.dtype) -> Tensor:
+    """A [H] or [B, H] as [1 or B, 1, H]."""
+    return A_H.to(dtype).view(-1, 1, A_H.shape[-1])
+
+
+@functools.lru_cache
+@torch.inference_mode(False)  # what is kept may meet a call that is differentiated
+def _spans(L: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A row of L logarithms times the first result [L, L * (L+1)], plus the second [L * (L+1)], is for every token t
+    the logarithm of its decay from the state (j = 0) and from every token (j - 1); -inf for the tokens after t.
+
+    Each is a sum of its own: the difference of two sums from the start would lose what cancels.
+    """
+    step, start = torch.arange(L, device=device), torch.arange(L + 1, device=device)
+    inside = (start <= step[:, None, None]) & (step[:, None, None] <= step[:, None])  # [step, t, j]
+    hidden = torch.zeros(L, L + 1, dtype=dtype, device=device).masked_fill(start > step[:, None] + 1, -torch.inf)
+    return inside.to(dtype).view(L, -1), hidden.view(-1)
+
+
+def ssd_chunked(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, reset_BL=None, state_BHPN=None, *, chunk_size=128):
     """The chunked form: products of matrices inside a chunk, the recurrence only across chunks.
 
     Scores C B^T are built once per *group*; the backward pass is written out, so that only the inputs, the output and
     the state at each chunk's start are kept. The chunk used is at most `chunk_size` (the result does not depend on it):
     on a CPU one chunk's matrices should fit the second-level cache.
     """
-    if all_states:
-        return ssd_recurrent(x_BLHP, dt_BLH, A_H, B_BLGN, C_BLGN, D_H, reset_BL, state_BHPN, all_states=True)
     B, L, H, P = x_BLHP.shape
     G, N = B_BLGN.shape[2:]
     dtype = accumulate_dtype(x_BLHP)

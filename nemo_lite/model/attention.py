@@ -25,10 +25,13 @@ class Attention(nn.Module):
         q_TAD, k_TKD, v_TKD = (
             proj(x_TH).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if ctx.stream is None:
-            y_TAD = self.attention(q_TAD, k_TKD, v_TKD, ctx.lengths)
-        else:
-            q, k, v = (t.unflatten(0, (ctx.batch, ctx.length)) for t in (q_TAD, k_TKD, v_TKD))
-            keys, values = ctx.stream.states[index].append(k, v, ctx)
-            y_TAD = self.attention_cached(q, keys, values, ctx.starts).flatten(0, 1)
+        y_TAD = ctx.over_parts(lambda part, q, k, v: self._attend(part, q, k, v, index), q_TAD, k_TKD, v_TKD)
         return self.o_proj(y_TAD.flatten(1)), None
+
+    def _attend(self, ctx: Context, q_TAD: Tensor, k_TKD: Tensor, v_TKD: Tensor, index: int) -> Tensor:
+        if ctx.stream is None:
+            assert ctx.lengths is not None
+            return self.attention(q_TAD, k_TKD, v_TKD, ctx.lengths)
+        q, k, v = (t.unflatten(0, (ctx.batch, ctx.length)) for t in (q_TAD, k_TKD, v_TKD))
+        keys, values = ctx.stream.states[index].append(k, v, ctx)
+        return self.attention_cached(q, keys, values, ctx.starts).flatten(0, 1)

@@ -5,9 +5,9 @@ Per attention layer keys and values in slots; per Mamba layer the last W-1 input
 outputs that the block has not read yet, because their next token was not known.
 
 A forward appends. After a *tentative* forward, `commit(n)` keeps its first n tokens a row and `rollback()` none,
-without recomputing: the state after every token was kept. `snapshot()` and `restore()` return to an earlier point of
-the same cache at the price of references, since states are never written in place and slots only beyond the current
-length.
+without running the model again: the scan's inputs were kept, and the state is advanced by those that stay.
+`snapshot()` and `restore()` return to an earlier point of the same cache at the price of references, since states are
+never written in place and slots only beyond the current length.
 
 Shape letters: B batch, L length, S slots, w = W-1, H heads or hidden, K key/value heads, D, P head sizes, N state size.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from nemo_lite_kernels.ssd import ssd_advance
 from torch import Tensor
 
 from nemo_lite import pattern as patterns
@@ -24,40 +25,69 @@ from nemo_lite.config import ModelConfig
 from nemo_lite.model.context import Context
 
 
+@dataclass
+class Replay:
+    """The inputs of one tentative scan, and the state before it, as :func:`ssd_advance` takes them."""
+
+    x_BLHP: Tensor
+    dt_BLH: Tensor
+    A_H: Tensor
+    B_BLGN: Tensor
+    state_BHPN: Tensor
+
+    def after(self, counts_B: Tensor) -> Tensor:
+        """The state [B, H, P, N] after the first counts_B tokens."""
+        return ssd_advance(self.x_BLHP, self.dt_BLH, self.A_H, self.B_BLGN, self.state_BHPN, counts_B)
+
+
 class MambaState:
     """Convolution window [B, w, C] and SSM state [B, H, P, N] of one Mamba layer; None stands for zeros."""
 
     def __init__(self, width: int):
         self.w = width - 1
-        self.window: Tensor | None = None
-        self.state: Tensor | None = None
-        self._trail: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._window: Tensor | None = None
+        self._state: Tensor | None = None
+        self._held: tuple[Tensor, Replay] | None = None  # of the last forward, if it was tentative
+        self._keep: list[int] | None = None  # how many of its tokens count, as long as nobody has asked for the result
+
+    @property
+    def window(self) -> Tensor | None:
+        self._settle()
+        return self._window
+
+    @property
+    def state(self) -> Tensor | None:
+        self._settle()
+        return self._state
 
     def advance(self, x_BLC: Tensor, state: Tensor, ctx: Context) -> None:
-        """Take in the tokens of one forward; `state` is the final one, or if ctx.tentative the one after each token."""
-        before = self.window if self.window is not None else x_BLC.new_zeros(x_BLC.shape[0], self.w, x_BLC.shape[2])
-        extended = torch.cat([before, x_BLC], dim=1)
-        counts = ctx.counts or []
-        if ctx.tentative:
-            self._trail = (extended, state, self.state)
-            self.keep(counts)
-        else:
-            self._trail, self.state = None, state
-            self.window = self._windows(extended, counts)
+        """Take in the tokens of one forward; `state` is the one after them."""
+        self._window, self._state = self._windows(self._extended(x_BLC), ctx.counts or []), state
+        self._held = None
+
+    def hold(self, x_BLC: Tensor, replay: Replay, ctx: Context) -> None:
+        """Take in the tokens of a tentative forward; until `keep` says otherwise, all of them."""
+        self._held = (self._extended(x_BLC), replay)
+        self._keep = ctx.counts
 
     def keep(self, counts: list[int]) -> None:
         """Keep only the first counts[b] tokens of the last forward, which must have been tentative."""
-        assert self._trail is not None, "only a tentative forward can be shortened"
-        extended, states, before = self._trail
-        self.window = self._windows(extended, counts)
-        if before is None:
-            before = torch.zeros_like(states[:, 0])
-        if len(set(counts)) == 1:
-            self.state = states[:, counts[0] - 1] if counts[0] else before
-        else:
-            n_B = torch.tensor(counts, device=states.device)
-            last = states[torch.arange(len(counts), device=states.device), (n_B - 1).clamp(min=0)]
-            self.state = torch.where((n_B > 0).view(-1, 1, 1, 1), last, before)
+        assert self._held is not None, "only a tentative forward can be shortened"
+        self._keep = counts
+
+    def _settle(self) -> None:
+        if self._keep is None:
+            return
+        assert self._held is not None
+        extended, replay = self._held
+        self._window = self._windows(extended, self._keep)
+        self._state = replay.after(torch.tensor(self._keep, device=extended.device))
+        self._keep = None
+
+    def _extended(self, x_BLC: Tensor) -> Tensor:
+        window = self.window
+        before = window if window is not None else x_BLC.new_zeros(x_BLC.shape[0], self.w, x_BLC.shape[2])
+        return torch.cat([before, x_BLC], dim=1)
 
     def _windows(self, extended: Tensor, counts: list[int]) -> Tensor:
         if len(set(counts)) == 1:
@@ -70,8 +100,8 @@ class MambaState:
         return self.window, self.state
 
     def restore(self, saved) -> None:
-        self.window, self.state = saved
-        self._trail = None
+        self._window, self._state = saved
+        self._held = self._keep = None
 
 
 class KVState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 class Context:
     """Shapes and documents of the tokens in one forward; T = batch x length, row after row.
 
+    A forward may also be ragged: `parts` of different shapes, one after the other in T. Most layers work on all T
+    tokens at once and never notice; those that mix positions go through `over_parts`.
+
     valid_BL   False on padding, or None when there is none.
     reset_BL   True where a document starts and carried state must not enter, or None when no state could.
     lengths    tokens of each run of one document (padding counts as a run), in token order; they sum to T.
@@ -23,7 +27,8 @@ class Context:
     stream     the cache that this forward continues, with its per-layer states, or None.
     starts     per row, the slot of its first token in the cache.
     counts     per row, its valid tokens (they come first; padding is on the right).
-    tentative  keep the state after every token, so that the cache can be rolled back into this forward.
+    tentative  the cache must be able to keep any number of this forward's first tokens.
+    parts      the pieces of a ragged forward, or empty: then this context is the only one.
     """
 
     batch: int
@@ -36,11 +41,20 @@ class Context:
     starts: list[int] | None = None
     counts: list[int] | None = None
     tentative: bool = False
+    parts: tuple[Context, ...] = ()
 
     @property
     def uniform(self) -> bool:
         """Every row continues the same slot with tokens only: the case of plain prefill and decode."""
         return self.valid_BL is None and self.starts is not None and len(set(self.starts)) == 1
+
+    def over_parts(self, mix: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """mix(part, tokens of each tensor [t, ...]) -> [t, ...] for every part, in the order of the tokens."""
+        if not self.parts:
+            return mix(self, *tensors)
+        sizes = [part.batch * part.length for part in self.parts]
+        pieces = zip(*(tensor.split(sizes) for tensor in tensors))
+        return torch.cat([mix(part, *piece) for part, piece in zip(self.parts, pieces)])
 
     def counting(self, count_BL: Tensor | None) -> Context:
         """The same forward, with other positions counted by the routers."""

@@ -227,7 +227,7 @@ class HybridLM(nn.Module):
                     raise ValueError("labels and mtp need a forward without cache")
                 return self._cached(input_ids, doc_ids, cache, dtype, tentative)
             ctx = packed_context(input_ids, doc_ids)
-            hidden_TH, stats = self._trunk(input_ids, ctx, dtype)
+            hidden_TH, stats = self._trunk(input_ids.flatten(), ctx, dtype)
             out = self._output(hidden_TH, ctx)
             for name, stat in stats:
                 out.expert_counts[name] = stat.counts_E
@@ -246,8 +246,17 @@ class HybridLM(nn.Module):
         hidden = hidden_TH.unflatten(0, (ctx.batch, ctx.length))
         return HybridOutput(hidden, cache, _head=self.head, _grad=torch.is_grad_enabled())
 
-    def _trunk(self, input_ids: Tensor, ctx: Context, dtype: torch.dtype):
-        x_TH = self.embedding(input_ids.flatten()).to(dtype)
+    def trunk(self, ids_T: Tensor, ctx: Context) -> Tensor:
+        """Hidden states after the final norm, [T, H]: for engines that keep their own cache behind ctx."""
+        return self._trunk(ids_T, ctx, self._computing_dtype())[0]
+
+    def mtp_block(self, hidden_TH: Tensor, ids_T: Tensor, ctx: Context) -> Tensor:
+        """One depth of the MTP block, [T, H]: from the hidden states of the depth before and the tokens ahead."""
+        assert self.mtp is not None
+        return self.mtp(hidden_TH, self.embedding(ids_T).to(hidden_TH.dtype), ctx, self._run)[0]
+
+    def _trunk(self, ids_T: Tensor, ctx: Context, dtype: torch.dtype):
+        x_TH = self.embedding(ids_T).to(dtype)
         x_TH, stats = self._run(self.layers, x_TH, ctx)
         return self.norm_f(x_TH), stats
 
@@ -324,7 +333,7 @@ class HybridLM(nn.Module):
             if not tentative:  # else the block waits, so that nothing it reads can be taken back
                 self._catch_up(cache, firsts, dtype)
         ctx = cache.trunk.context(L, counts, valid_BL, tentative)
-        hidden_TH, _ = self._trunk(input_ids, ctx, dtype)
+        hidden_TH, _ = self._trunk(input_ids.flatten(), ctx, dtype)
         cache.trunk.took(ctx)
         out = self._output(hidden_TH, ctx, cache)
         cache.remember(out.hidden, input_ids, ctx)
@@ -366,8 +375,7 @@ class HybridLM(nn.Module):
     def _mtp_step(self, cache: HybridCache, hidden_BLH: Tensor, tokens_BL: Tensor, counts, valid_BL) -> Tensor:
         assert cache.mtp is not None and self.mtp is not None
         ctx = cache.mtp.context(tokens_BL.shape[1], counts, valid_BL, False)
-        e_TH = self.embedding(tokens_BL.flatten()).to(hidden_BLH.dtype)
-        h_TH, _ = self.mtp(hidden_BLH.flatten(0, 1), e_TH, ctx, self._run)
+        h_TH = self.mtp_block(hidden_BLH.flatten(0, 1), tokens_BL.flatten(), ctx)
         cache.mtp.took(ctx)
         return h_TH.unflatten(0, (ctx.batch, ctx.length))
 

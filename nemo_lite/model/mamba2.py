@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nemo_lite.config import ModelConfig
+from nemo_lite.model.cache import Replay
 from nemo_lite.model.context import Context
 from nemo_lite.parallel.layers import Layers
 
@@ -39,7 +40,8 @@ class Mamba2(nn.Module):
         self.heads, self.head_dim = layers.local(heads), config.mamba_head_dim
         self.groups, self.state = layers.local(config.n_groups), config.ssm_state_size
         self.chunk, self.limit = config.chunk_size, tuple(config.time_step_limit)
-        self.ssd, self.ssd_recurrent = layers.ops.ssd, layers.ops.ssd_recurrent
+        ops = layers.ops
+        self.ssd, self.ssd_recurrent, self.ssd_verify = ops.ssd, ops.ssd_recurrent, ops.ssd_verify
         segments = (inner, inner, gn, gn, heads)
         self.in_proj = layers.column_linear(f"{name}.in_proj", config.hidden_size, sum(segments), segments)
         self.conv1d = Conv(config, layers, f"{name}.conv1d")
@@ -50,36 +52,40 @@ class Mamba2(nn.Module):
         self.out_proj = layers.row_linear(f"{name}.out_proj", inner, config.hidden_size)
 
     def forward(self, u_TH: Tensor, ctx: Context, index: int = 0) -> tuple[Tensor, None]:
-        B, L = ctx.batch, ctx.length
         inner, gn = self.heads * self.head_dim, self.groups * self.state
         z_TC, xBC_TC, dt_TH = self.in_proj(u_TH).split([inner, inner + 2 * gn, self.heads], dim=-1)
+        y_TC = ctx.over_parts(lambda part, xBC, dt: self._mix(part, xBC, dt, index), xBC_TC, dt_TH)
+        return self.out_proj(self.norm(y_TC, z_TC)), None
+
+    def _mix(self, ctx: Context, xBC_TC: Tensor, dt_TH: Tensor, index: int) -> Tensor:
+        """Convolution and scan, [T, heads * head size]."""
+        B, L = ctx.batch, ctx.length
+        inner, gn = self.heads * self.head_dim, self.groups * self.state
         xBC_BLC = xBC_TC.unflatten(0, (B, L))
-        if ctx.stream is None:
-            window = state = None
-        else:
-            carried = ctx.stream.states[index]
-            window, state = carried.window, carried.state
+        carried = ctx.stream.states[index] if ctx.stream is not None else None
+        window, state = (carried.window, carried.state) if carried is not None else (None, None)
         conv_BLC = self.conv1d(xBC_BLC, ctx.reset_BL, window)
         x, b, c = conv_BLC.split([inner, gn, gn], dim=-1)
-        dtype = torch.promote_types(u_TH.dtype, torch.float32)
+        x_BLHP = x.unflatten(-1, (self.heads, self.head_dim))
+        b_BLGN, c_BLGN = (t.unflatten(-1, (self.groups, self.state)) for t in (b, c))
+        dtype = torch.promote_types(xBC_TC.dtype, torch.float32)
+        A_H = -torch.exp(self.A_log.to(dtype))
         dt_BLH = F.softplus(dt_TH.to(dtype) + self.dt_bias.to(dtype)).unflatten(0, (B, L))
         if self.limit != (0.0, float("inf")):  # softplus is within that already
             dt_BLH = dt_BLH.clamp(*self.limit)
         if ctx.valid_BL is not None:
             dt_BLH = dt_BLH * ctx.valid_BL[..., None]  # padding neither decays the state nor adds to it
-        scan = self.ssd if L > 1 and not ctx.tentative else self.ssd_recurrent
-        y_BLHP, new_state = scan(
-            x.unflatten(-1, (self.heads, self.head_dim)),
-            dt_BLH,
-            -torch.exp(self.A_log.to(dtype)),
-            b.unflatten(-1, (self.groups, self.state)),
-            c.unflatten(-1, (self.groups, self.state)),
-            self.D,
-            ctx.reset_BL,
-            state,
-            chunk_size=self.chunk,
-            all_states=ctx.tentative,
-        )
-        if ctx.stream is not None:
-            ctx.stream.states[index].advance(xBC_BLC, new_state, ctx)
-        return self.out_proj(self.norm(y_BLHP.flatten(2).flatten(0, 1), z_TC)), None
+        if ctx.tentative:
+            assert carried is not None
+            if state is None:
+                state = dt_BLH.new_zeros(B, self.heads, self.head_dim, self.state)
+            y_BLHP = self.ssd_verify(x_BLHP, dt_BLH, A_H, b_BLGN, c_BLGN, self.D, state)
+            carried.hold(xBC_BLC, Replay(x_BLHP, dt_BLH, A_H, b_BLGN, state), ctx)
+        else:
+            scan = self.ssd if L > 1 else self.ssd_recurrent
+            y_BLHP, new_state = scan(
+                x_BLHP, dt_BLH, A_H, b_BLGN, c_BLGN, self.D, ctx.reset_BL, state, chunk_size=self.chunk
+            )
+            if carried is not None:
+                carried.advance(xBC_BLC, new_state, ctx)
+        return y_BLHP.flatten(2).flatten(0, 1)

@@ -140,6 +140,56 @@ def test_work_follows_the_experts_hit_not_their_number():
     assert len(set(launches.values())) == 1, launches
 
 
+@pytest.mark.parametrize("kind", ["random", "one", "holes", "dropped"])
+@pytest.mark.parametrize("T", [0, 1, 2, 3, 8, 32, 64, 65])
+def test_decoding_equals_the_reference(kind, T, poisoned):
+    """Without gradients few tokens take a path of their own."""
+    expert = routing(kind, T, 3, 8)
+    before = expert.clone()
+    for dtype, weight_dtype in (
+        (torch.float64,) * 2,
+        (torch.float32,) * 2,
+        (torch.bfloat16,) * 2,
+        (torch.bfloat16, None),
+    ):
+        tensors = inputs(T, 3, 8, 8, 16, dtype, weight_dtype or torch.float32)
+        copies = {n: t.clone() for n, t in tensors.items()}
+        views = {n: torch.stack([t, t], dim=-1)[..., 0] for n, t in tensors.items()}
+        y_ref = experts_reference(
+            *(tensors["x"].double(), expert), *(tensors[n].double() for n in ("weight", "up", "down"))
+        )
+        with torch.no_grad():
+            for given in (tensors, views):
+                y = experts_loop(given["x"], expert, given["weight"], given["up"], given["down"])
+                assert y.dtype == dtype
+                assert_close(y, y_ref, 1e-12 if dtype == torch.float64 else TOLERANCE[dtype], str(dtype))
+        assert all(torch.equal(tensors[n], copies[n]) for n in tensors) and torch.equal(expert, before)
+
+
+def test_decoding_adds_up_an_expert_chosen_twice():
+    tensors = inputs(3, 2, 4, 8, 16, torch.float64)
+    expert = torch.tensor([[1, 1], [2, 1], [-1, 2]])
+    with torch.no_grad():
+        y = experts_loop(tensors["x"], expert, tensors["weight"], tensors["up"], tensors["down"])
+    assert_close(y, experts_reference(tensors["x"], expert, *(tensors[n] for n in ("weight", "up", "down"))), 1e-12)
+
+
+def test_decoding_reads_each_expert_hit_once_and_no_other():
+    calls = {}
+    for E in (32, 512):
+        tensors = inputs(6, 2, E, 4, 8, torch.bfloat16)
+        expert = torch.tensor([[0, 5], [5, 7], [7, 0], [0, 7], [5, -1], [0, 7]])
+        with torch.no_grad(), Watch() as watch:
+            experts_loop(tensors["x"], expert, tensors["weight"], tensors["up"], tensors["down"])
+        products = watch.named("mm", "linear")
+        assert len(products) == 2 * 3, "two products for each of the three experts hit"
+        assert all(a.dim() < 3 for name, args, _ in watch.calls if name != "select" for a in args), (
+            "all experts at once"
+        )
+        calls[E] = len(watch.calls)
+    assert calls[32] == calls[512]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_squared_relu(dtype):
     h = torch.randn((5, 7), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)

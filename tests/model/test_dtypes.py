@@ -23,13 +23,15 @@ def variants(name):
     return model, torch.autocast("cpu", HALF, enabled=name == "autocast")
 
 
-def check(watch):
+def check(watch, few_rows=False):
     products = watch.named("mm", "mv", "addmm", "linear")
     router = [call for call in products if call[2][0].shape[-1] == 7]
     assert router and all(t.dtype == torch.float32 for _, args, results in router for t in (*args, *results))
     others = [call for call in products if call[2][0].shape[-1] != 7 and 7 not in call[1][0].shape]
-    assert len(others) > 8 and all(t.dtype == HALF for _, args, results in others for t in (*args, *results))
-    scans = watch.named("bmm")
+    assert len(others) > 8
+    # Decoding casts small weights: that takes less time than starting a bfloat16 product does.
+    assert few_rows or all(t.dtype == HALF for _, args, results in others for t in (*args, *results))
+    scans = [call for call in watch.named("bmm") if call[1][0].shape[0] != 7]  # seven experts
     assert scans and all(t.dtype == torch.float32 for _, args, _ in scans for t in args)
     for name in ("exp", "softplus", "rsqrt", "rsqrt_", "sigmoid", "silu", "cumsum", "silu_backward"):
         for _, args, _ in watch.named(name):
@@ -59,17 +61,17 @@ def test_training_step(name):
 @torch.no_grad()
 def test_prefill_and_decode(name):
     model, autocast = variants(name)
-    ids = random_ids(model.config, 2, 21)
+    ids = random_ids(model.config, 2, 43)
     cache = model.new_cache(2, speculative=True)
     with autocast:
-        for part in (slice(0, 18), slice(18, 19)):
+        for part in (slice(0, 40), slice(40, 41)):
             with Watch() as watch:
                 logits = model(ids[:, part], cache=cache).logits
-            check(watch)
+            check(watch, few_rows=part.start > 0)
             assert logits.dtype == HALF
         assert cache.trunk.states[0].state.dtype == torch.float32
         assert cache.trunk.states[0].window.dtype == HALF and cache.trunk.states[2].k.dtype == HALF
-        model.draft(cache, ids[:, 19], 2, lambda x: x.argmax(-1))
+        model.draft(cache, ids[:, 41], 2, lambda x: x.argmax(-1))
 
 
 @pytest.mark.parametrize("name", ["dtype=bfloat16", "model.to(bfloat16)", "autocast"])
