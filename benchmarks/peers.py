@@ -231,7 +231,7 @@ def machine() -> dict:
     return {
         "cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__,
         "transformers": transformers.__version__, "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--", "nemo_lite", "kernels", "benchmarks/peers.py")),
+        "dirty": bool(git("status", "--porcelain", "--", "nemo_lite", "kernels", "serving", "benchmarks/*.py")),
     }  # fmt: skip
 
 

@@ -299,10 +299,12 @@ def load_row(concurrency: int, speculative: bool, requests: int) -> dict:
                 ],
                 check=True, stdout=subprocess.DEVNULL,
             )  # fmt: skip
-            found = json.loads(Path(out.name).read_text())
+            body = json.loads(Path(out.name).read_text())
     finally:
         server.terminate()
         server.wait(30)
+    names = ("requests_per_second", "output_tokens_per_second", "ttft_ms", "itl_ms", "health_ms", "acceptance_length")
+    found = {name: body.get(name) for name in names}
     return {"work": "load", "model": "demo", "concurrency": concurrency, "speculative": speculative, "report": found}
 
 

@@ -216,9 +216,72 @@ def _demo(found: list[dict[str, Any]]) -> list[str]:
     ]  # fmt: skip
 
 
+SERVE_INTRO = """\
+## Serving
+
+`demo` is the model of `make demo`, `bench_small` has random weights. What is compared alternates in one process; a
+ratio is the median of the rounds' ratios. *Floor* is the time of reading a step's weights (of the experts expected to
+be hit) and of reading and writing its states, at the bandwidth measured beside it.
+"""
+SERVE_PARTS = {
+    "step": "Decode steps through the engine, and bare steps of the same model and batch",
+    "mtp": "Greedy completion of held-out prompts, one at a time: MTP speculation on against off",
+    "transformers": "64 new tokens for 1 or 8 prompts of 64, prefill included: the engine and transformers' generate",
+    "load": "`nemo-lite serve` under `nemo-lite bench serve`, both on this machine: 64 tokens in, 64 out",
+}
+SERVE_HEADERS = {
+    "step": ["model", "dtype, threads", "batch", "bare ms", "engine ms", "bare / engine", "tok/s", "floor ms", "noisy"],
+    "mtp": ["drafts", "dtype, threads", "off tok/s", "on tok/s", "on / off", "acceptance length", "tokens a step",
+            "8-grams that repeat", "noisy"],
+    "transformers": ["model", "dtype, threads", "batch", "MTP", "nemo_lite tok/s", "transformers tok/s", "speedup",
+                     "noisy"],
+    "load": ["MTP", "", "concurrency", "requests/s", "output tok/s", "TTFT p50 ms", "TTFT p99 ms", "inter-token p50 ms",
+             "inter-token p99 ms", "/health p99 ms"],
+}  # fmt: skip
+
+
+def _milliseconds(found: dict[str, Any], name: str, key: str) -> str:
+    return f"{found[name][key]:.1f}" if found.get(name) else ""
+
+
+def _serve_row(row: dict[str, Any]) -> list[str]:
+    kind = f"{row['dtype']}, {row['threads']}" if "dtype" in row else ""
+    noisy = "yes" if row.get("noisy") else "no"
+    if row["work"] == "step":
+        return [row["model"], kind, str(row["batch"]), f"{row['bare_ms']:.2f}", f"{row['engine_ms']:.2f}",
+                f"**{row['ratio']:.2f}**", _number(row["tokens_per_second"]), f"{row['floor_ms']:.2f}",
+                noisy]  # fmt: skip
+    if row["work"] == "mtp":
+        return [str(row["draft_tokens"]), kind, _number(row["off_tokens_per_second"]),
+                _number(row["on_tokens_per_second"]), f"**{row['ratio']:.2f}x**", f"{row['acceptance_length']:.2f}",
+                f"{row['tokens_per_step']:.2f}", f"{row['repeated_8grams']:.0%}", noisy]  # fmt: skip
+    if row["work"] == "transformers":
+        return [row["model"], kind, str(row["batch"]), "yes" if row["speculative"] else "no",
+                _number(row["tokens_per_second"]), _number(row["transformers_tokens_per_second"]),
+                f"**{row['ratio']:.2f}x**", noisy]  # fmt: skip
+    found = row["report"]
+    return ["yes" if row["speculative"] else "no", "", str(row["concurrency"]), f"{found['requests_per_second']:.1f}",
+            _number(found["output_tokens_per_second"]), _milliseconds(found, "ttft_ms", "p50"),
+            _milliseconds(found, "ttft_ms", "p99"), _milliseconds(found, "itl_ms", "p50"),
+            _milliseconds(found, "itl_ms", "p99"), _milliseconds(found, "health_ms", "p99")]  # fmt: skip
+
+
+def _serve(folder: Path) -> list[str]:
+    lines = [SERVE_INTRO]
+    for work, title in SERVE_PARTS.items():
+        found = _read(folder, f"serve_{work}.json")
+        lines += [f"### {title}", ""]
+        if not found:
+            lines += [f"{NOT_MEASURED} `python benchmarks/serve.py {work}` does it.", ""]
+        for each in found:
+            lines += [*_source(each), *_table(SERVE_HEADERS[work], [_serve_row(row) for row in each["rows"]]), ""]
+    return lines
+
+
 def results_page(folder: Path = RESULTS) -> str:
     """The text of docs/results.md."""
-    return "\n".join([RESULTS_INTRO, *_demo(_read(folder, "demo.json")), *_peers(_read(folder, "peers_*.json"))])
+    peers = _peers(_read(folder, "peers_*.json"))
+    return "\n".join([RESULTS_INTRO, *_demo(_read(folder, "demo.json")), *_serve(folder), *peers])
 
 
 def numbers(folder: Path = RESULTS) -> str:

@@ -75,7 +75,7 @@ class Engine:
             self.blocks, max_num_seqs=plan.max_num_seqs, max_num_batched_tokens=options.max_num_batched_tokens,
             lookahead=1 if options.speculative else 0,
             copy_slot=pool.copy_slot, copy_block=pool.copy_block, clear_slot=pool.clear_slot,
-            clear_block=pool.clear_block,
+            clear_block=pool.clear_block, join=torch.cat,
         )  # fmt: skip
         adaptive = options.draft_tokens == "auto"
         self.policy = DraftPolicy(self.drafts, adaptive=adaptive) if self.drafts else None

@@ -29,9 +29,9 @@ from nemo_lite.model.cache import Nothing, Replay
 from nemo_lite.model.context import Context
 from nemo_lite_serving.protocol import Output, Request, TokenLogprobs
 from nemo_lite_serving.scheduler import Sequence, Span
-from nemo_lite_serving.speculation import RETRY, DraftPolicy
+from nemo_lite_serving.speculation import DraftPolicy
 
-PENDING = 64  # trunk outputs a sequence that is not drafting may keep before the MTP block reads them
+PENDING = 1024  # trunk outputs a sequence that is not drafting may keep before the MTP block reads them
 
 
 class Pool:
@@ -45,6 +45,7 @@ class Pool:
     ):  # fmt: skip
         self.block_size, self.device, self.dtype = block_size, device, dtype
         self.compute_dtype = torch.promote_types(dtype, torch.float32)
+        self.rounds = state_dtype == torch.float16
         channels = config.mamba_inner + 2 * config.mamba_groups_state
         state = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
         keys = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
@@ -117,7 +118,7 @@ class Part:
         B, device = len(seqs), pool.device
         slots: list[int] = [seq.slot for seq in seqs]  # type: ignore[misc]
         # Neighbouring slots are a view; else they are gathered and scattered.
-        self.slot = slots[0] if slots == list(range(slots[0], slots[0] + B)) else None
+        self.slot = slots[0] if B == 1 or slots == list(range(slots[0], slots[0] + B)) else None
         self.slots_B = torch.tensor(slots, device=device) if self.slot is None else None
         self.starts, self.length, self.first = starts, length, first
         self.end = max(starts) + length + first
@@ -142,12 +143,6 @@ class Part:
             for letter, a, b, i in layers
         ]  # fmt: skip
         self.ctx = Context(B, length, stream=self, starts=starts, counts=[length] * B, tentative=tentative)  # type: ignore[arg-type]
-
-    def read(self, tensor: Tensor) -> Tensor:
-        """The rows' slots of a [S, ...] tensor."""
-        if self.slot is not None:
-            return tensor.narrow(0, self.slot, len(self.seqs))
-        return tensor.index_select(0, self.slots_B)  # type: ignore[arg-type]
 
     def write(self, tensor: Tensor, rows: Tensor, dim: int = 0) -> None:
         """Write the rows' slots, which are dimension `dim` of the tensor."""
@@ -177,16 +172,16 @@ class Part:
             torch.cat([getattr(replay, name) for replay in replays])
             for name in ("x_BLHP", "dt_BLH", "B_BLGN", "state_BHPN")
         )
-        A = torch.stack([replay.A_H for replay in replays]).repeat_interleave(B, 0)
+        A = torch.stack([replay.A_H for replay in replays])
+        A = A.repeat_interleave(B, 0) if B > 1 else A
         state = ssd_advance(x, dt, A, b, state, counts_B.repeat(M))
         self.write(windows, window, dim=1)
-        self.write(states, self.rounded(state.unflatten(0, (M, B)), range(M), counts_B), dim=1)
+        state = state.unflatten(0, (M, B))
+        self.write(states, self.rounded(state, range(M), counts_B) if self.pool.rounds else state, dim=1)
 
     def rounded(self, state_MBHPN: Tensor, layers: Rows[int], counts_B: Tensor | int) -> Tensor:
-        """States as they are stored. Half precision loses what is small beside the state, always to the same side;
-        stochastic rounding does not. The noise is a function of layer and position alone."""
-        if self.pool.trunk_mamba[1].dtype != torch.float16:
-            return state_MBHPN
+        """States in half precision. Rounding to the nearest loses what is small beside the state, always to the same
+        side; stochastic rounding does not. The noise is a function of layer and position alone."""
         M, B = state_MBHPN.shape[:2]
         after_B = torch.tensor(self.starts, device=state_MBHPN.device) + counts_B
         stream = torch.tensor(layers, device=after_B.device).repeat_interleave(B)
@@ -206,20 +201,30 @@ class PagedMamba:
     def __init__(self, part: Part, layer: int, windows: Tensor, states: Tensor):
         self.part, self.layer, self.windows, self.states = part, layer, windows, states
         self.held: tuple[Tensor, Replay]
+        # The rows of neighbouring slots as views.
+        slot, B = part.slot, len(part.seqs)
+        self.live = None if slot is None else (windows.narrow(0, slot, B), states.narrow(0, slot, B))
 
     @property
     def window(self) -> Tensor:
-        return self.part.read(self.windows)
+        return self.live[0] if self.live is not None else self.windows.index_select(0, self.part.slots_B)  # type: ignore[arg-type]
 
     @property
     def state(self) -> Tensor:
-        return self.part.read(self.states).to(self.part.pool.compute_dtype)
+        found = self.live[1] if self.live is not None else self.states.index_select(0, self.part.slots_B)  # type: ignore[arg-type]
+        return found.to(self.part.pool.compute_dtype)
 
     def advance(self, x_BLC: Tensor, state: Tensor, ctx: Context) -> None:
-        w = self.windows.shape[1]
+        part, w = self.part, self.windows.shape[1]
         window = x_BLC[:, -w:] if ctx.length >= w else torch.cat([self.window, x_BLC], 1)[:, -w:]
-        self.part.write(self.windows, window)
-        self.part.write(self.states, self.part.rounded(state[None], [self.layer], ctx.length)[0])
+        if part.pool.rounds:
+            state = part.rounded(state[None], [self.layer], ctx.length)[0]
+        if self.live is not None and part.save_slot is None:
+            self.live[0].copy_(window)
+            self.live[1].copy_(state)
+        else:
+            part.write(self.windows, window)
+            part.write(self.states, state)
 
     def hold(self, x_BLC: Tensor, replay: Replay, ctx: Context) -> None:
         self.held = torch.cat([self.window, x_BLC], 1), replay
@@ -307,36 +312,31 @@ class Runner:
 
     def _choose(self, spans: list[Span]) -> list[Output]:
         """Sample and verify; the sequences take their new tokens."""
-        sampling = [span for span in spans if span.samples]
-        rows, wanted, extra = [], [], []
-        total = self._hidden_TH.shape[0] if self._hidden_TH is not None else 0
-        for span in sampling:
-            n = span.drafts + 1
-            rows.append(n)
-            if span.count == 0:  # the whole prompt was in the prefix cache
-                wanted.append(total + len(extra))
-                extra.append(span.seq.hidden[-1:])
-            else:
-                last = span.offset + span.count
-                wanted += range(last - n, last)
+        sampling = sorted((span for span in spans if span.samples), key=lambda span: span.offset)
         outputs = [self._prompt_logprobs(span) for span in spans if span.seq.request.prompt_logprobs is not None]
         outputs = [output for output in outputs if output is not None]
         if not sampling:
             return outputs
-        h_TH = self._hidden_TH
-        if extra:
-            h_TH = torch.cat(([h_TH] if h_TH is not None else []) + extra)
-        assert h_TH is not None
-        if wanted != list(range(h_TH.shape[0])):
-            h_TH = h_TH[wanted]
-        logits_RV = self.model.head(h_TH)
+        logits_RV = self.model.head(self._rows_of(sampling))
         best, likeliest = logits_RV.max(-1)
         best, likeliest, row = best.tolist(), likeliest.tolist(), 0
-        for span, n in zip(sampling, rows):
-            here = slice(row, row + n)
-            row += n
+        for span in sampling:
+            here = slice(row, row + span.drafts + 1)
+            row += span.drafts + 1
             outputs.append(self._take(span, logits_RV[here], likeliest[here], best[here]))
         return outputs
+
+    def _rows_of(self, sampling: list[Span]) -> Tensor:
+        """The trunk outputs [R, H] that the next tokens and the drafts' verification are read off."""
+        h_TH, total = self._hidden_TH, sum(span.drafts + 1 for span in sampling)
+        if h_TH is not None and total == len(h_TH) and all(span.count for span in sampling):
+            return h_TH  # only decode steps
+        # A span without tokens: the whole prompt was in the prefix cache, and with it this output.
+        return torch.cat([
+            span.seq.hidden[-1][-1:] if h_TH is None or span.count == 0
+            else h_TH[span.offset + span.count - span.drafts - 1 : span.offset + span.count]
+            for span in sampling
+        ])  # fmt: skip
 
     def _take(self, span: Span, logits_KV: Tensor, likeliest: list[int], best: list[float]) -> Output:
         seq, drafts = span.seq, span.seq.drafts
@@ -453,16 +453,20 @@ class Runner:
                 continue
             assert self._hidden_TH is not None
             rows = self._hidden_TH[span.offset : span.offset + span.taken]
-            if self.policy is not None:
-                seq.hidden = rows if seq.hidden is None else torch.cat([seq.hidden, rows])
-            else:
-                seq.hidden, seq.mtp_computed = rows[-1:], seq.computed - 1
+            if self.policy is None:
+                seq.hidden, seq.mtp_computed = [rows[-1:]], seq.computed - 1
+            else:  # few rows must not keep a long step's outputs alive
+                seq.hidden.append(rows.clone() if len(self._hidden_TH) > 4 * len(rows) + PENDING // 16 else rows)
 
-    def boundary(self, span: Span, position: int) -> Tensor:
-        """The trunk output [1, H] of position - 1, which the span has read."""
+    def boundary(self, span: Span, position: int) -> tuple[int, Tensor]:
+        """What a snapshot at `position`, which the span has read, keeps: how many positions the MTP block has read, and
+        the trunk outputs [n, H] of the others."""
         assert self._hidden_TH is not None
+        seq = span.seq
+        if self.policy is not None and seq.mtp_computed < position - 1:
+            return seq.mtp_computed, torch.cat(seq.hidden)[: position - seq.mtp_computed].clone()
         at = span.offset + position - 1 - span.start
-        return self._hidden_TH[at : at + 1].clone()
+        return position - 1, self._hidden_TH[at : at + 1].clone()
 
     # -------------------------------------------------------------------------------------------------------- drafting
 
@@ -470,14 +474,16 @@ class Runner:
         """Let the MTP block catch up, and draft up to most[i] tokens for the sequence of spans[i]."""
         assert self.policy is not None
         todo: list[tuple[Span, int]] = []
+        # While nobody drafts, the block need not read: it catches up when it must.
+        eager = self.policy.on or self.pool.mtp_stateful
         for span, count in zip(spans, most):
             seq = span.seq
-            seq.retrying = count > 0 and seq.idle_steps >= RETRY
             seq.idle_steps = 0 if count else seq.idle_steps + 1
             behind = seq.computed - seq.mtp_computed
             if seq.finish_reason == "error":
                 continue
-            if (seq.finish_reason is None and (count or seq.remaining > 1 or behind > PENDING)) or span.saves:
+            late = count or behind > PENDING or (eager and seq.remaining > 1)
+            if (seq.finish_reason is None and late) or (eager and span.saves):
                 todo.append((span, count))
         if not todo:
             return
@@ -553,32 +559,31 @@ class Runner:
         for i, span in enumerate(spans):
             behind = span.seq.computed - span.seq.mtp_computed
             groups.setdefault(behind if behind <= 8 and not span.saves else -1 - i, []).append(i)
-        parts, ids, hidden, ends, offset = [], [], [], {}, 0
+        parts, ids, hidden, lengths, ends, offset = [], [], [], [], {}, 0
         for group in groups.values():
             group.sort(key=lambda i: spans[i].seq.slot)  # type: ignore[arg-type,return-value]
             for i in group:
                 seq = spans[i].seq
-                behind = len(seq.hidden)
                 ahead = seq.tokens[seq.mtp_computed + 1 : seq.computed + 1]
-                if len(ahead) < behind:  # finished by a stop token that the trunk has read
-                    behind = len(ahead)
+                pieces = torch.cat(seq.hidden) if len(seq.hidden) > 1 else seq.hidden[0]
+                # One less where the sequence ended with a token that the trunk has read.
+                seq.hidden = [pieces[len(ahead) :]] if len(ahead) < len(pieces) else []
                 ids += ahead
-                hidden.append(seq.hidden[:behind])
-                offset += behind
+                hidden.append(pieces[: len(ahead)])
+                offset += len(ahead)
                 ends[i] = offset - 1
             seqs = [spans[i].seq for i in group]
             length = len(hidden[-1])
+            lengths.append(length)
             if len(group) == 1:
                 saves = spans[group[0]].saves if self.pool.mtp_stateful else []
                 parts += self._pieces(seqs[0], seqs[0].mtp_computed, length, saves, first=1)
             else:
                 parts.append(Part(self.pool, self.pool.mtp, seqs, [s.mtp_computed for s in seqs], length, first=1))
         h_TH = self.model.mtp_block(torch.cat(hidden), torch.tensor(ids, device=self.pool.device), _context(parts))
-        for span in spans:
-            seq = span.seq
-            read = min(len(seq.hidden), len(seq.tokens) - 1 - seq.mtp_computed)
-            seq.mtp_computed += read
-            seq.hidden = seq.hidden[read:].clone() if read < len(seq.hidden) else None
+        for rows, group in zip(lengths, groups.values()):
+            for i in group:
+                spans[i].seq.mtp_computed += rows
         return [h_TH[ends[i]] for i in range(len(spans))]
 
     # ------------------------------------------------------------------------------------------------------ measuring

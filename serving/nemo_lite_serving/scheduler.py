@@ -29,7 +29,7 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     computed: int = 0  # positions the trunk has read
     mtp_computed: int = 0  # positions the MTP block has read with their true trunk output
-    hidden: Any = None  # trunk outputs [n, H] of the positions between the two
+    hidden: list = field(default_factory=list)  # trunk outputs [n, H] of the positions between the two, in pieces
     blocks: list[int] = field(default_factory=list)
     contiguous: bool = True  # blocks are neighbours: a view can replace a gather
     slot: int | None = None  # of the Mamba states; None: not running
@@ -46,6 +46,7 @@ class Sequence:
     gain: float | None = None  # drafts kept a step that drafts, running mean
     confidence: list[float] = field(default_factory=list)  # the MTP block's probability of each draft
     idle_steps: int = 0  # decode steps since the last draft
+    patience: int = 32  # so many of them, and it tries again
     retrying: bool = False  # it drafts to learn whether that pays by now
 
     def __post_init__(self):
@@ -129,13 +130,13 @@ class Scheduler:
     def __init__(
         self, blocks: Blocks, *, max_num_seqs: int, max_num_batched_tokens: int, lookahead: int,
         copy_slot: Callable[[int, int], None], copy_block: Callable[[int, int], None],
-        clear_slot: Callable[[int], None], clear_block: Callable[[int], None],
+        clear_slot: Callable[[int], None], clear_block: Callable[[int], None], join: Callable[[list], Any],
     ):  # fmt: skip
         self.blocks = blocks
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.lookahead = lookahead  # positions beyond the trunk's that the MTP block writes
         self.copy_slot, self.copy_block = copy_slot, copy_block
-        self.clear_slot, self.clear_block = clear_slot, clear_block
+        self.clear_slot, self.clear_block, self.join = clear_slot, clear_block, join
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.preemptions = self.prefix_queries = self.prefix_hits = 0
@@ -204,7 +205,7 @@ class Scheduler:
         self.running.remove(seq)
         self._release(seq)
         seq.computed = seq.mtp_computed = 0
-        seq.hidden, seq.drafts, seq.draft_probs, seq.save_at = None, [], None, []
+        seq.hidden, seq.drafts, seq.draft_probs, seq.save_at = [], [], None, []
         seq.prompt_logprobs = []
         seq.counts.preemptions += 1
         self.preemptions += 1
@@ -244,7 +245,7 @@ class Scheduler:
                 self.copy_slot(snapshot.slot, slot)
             if snapshot.length % blocks.block_size:
                 self.copy_block(snapshot.blocks[whole], seq.blocks[whole])
-            seq.computed, seq.mtp_computed, seq.hidden = snapshot.length, snapshot.mtp_length, snapshot.hidden
+            seq.computed, seq.mtp_computed, seq.hidden = snapshot.length, snapshot.mtp_length, [snapshot.hidden]
         if fresh:
             seq.counts.queued_seconds = time.monotonic() - seq.arrival
             if blocks.caching and seq.request.prompt_logprobs is None:
@@ -261,15 +262,13 @@ class Scheduler:
 
     # ----------------------------------------------------------------------------------------------- end of a sequence
 
-    def keep_snapshots(self, span: Span, hidden_of: Callable[[int], Any]) -> None:
-        """File what a span saved; hidden_of(n) is the trunk output [1, H] of position n - 1."""
+    def keep_snapshots(self, span: Span, boundary: Callable[[int], tuple[int, Any]]) -> None:
+        """File what a span saved; boundary(n) gives the MTP block's part of a snapshot of n tokens."""
         seq = span.seq
         for position, slot in span.saves:
-            hidden = hidden_of(position)
+            mtp_length, hidden = boundary(position)
             sound = seq.finish_reason != "error" and bool(hidden.isfinite().all())
-            kept = sound and self.blocks.keep(
-                seq.tokens, position, seq.chain, seq.blocks, slot, max(position - 1, 0), hidden
-            )
+            kept = sound and self.blocks.keep(seq.tokens, position, seq.chain, seq.blocks, slot, mtp_length, hidden)
             if not kept and slot is not None:
                 self.blocks.release_slot(slot)
         span.saves = []
@@ -281,13 +280,12 @@ class Scheduler:
             for block in seq.blocks:
                 if self.blocks.references[block] == 1:
                     self.clear_block(block)
-        elif self.blocks.caching and seq.request.prompt_logprobs is None and seq.hidden is not None:
+        elif self.blocks.caching and seq.request.prompt_logprobs is None and seq.hidden:
             self.blocks.digests(seq.tokens, seq.chain)
             slot = seq.slot if self.blocks.stateful else None
-            if self.blocks.keep(
-                seq.tokens, seq.computed, seq.chain, seq.blocks, slot, seq.mtp_computed, seq.hidden.clone()
-            ) and self.blocks.stateful:  # fmt: skip
-                seq.slot = None
+            hidden = self.join(seq.hidden)
+            if self.blocks.keep(seq.tokens, seq.computed, seq.chain, seq.blocks, slot, seq.mtp_computed, hidden):
+                seq.slot = None if self.blocks.stateful else seq.slot
         self._release(seq)
 
     def abort(self, id: str) -> Sequence | None:

@@ -4,7 +4,10 @@ Time is what drafting spends: every draft adds a row to the verifying forward, a
 take by number of rows is measured when the engine starts, on the machine and the model that serve, and followed from
 then on, as is what a token takes under the load there is. A draft's chance to be kept is looked up by the probability
 that the block itself gave it, in a table of what became of drafts so far. So a sequence drafts deep where its text is
-easy, not at all where it is hard, and less when other sequences can use the machine better.
+easy, and not at all where it is hard.
+
+Whether drafting pays at all under a load is not computed but tried: for every size of the batch (by powers of two) the
+rates of steps with and without it are followed, the better one is taken, and the other tried again now and then.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from collections.abc import Sequence as Rows
 
 from nemo_lite_serving.scheduler import Sequence, Span
 
-RETRY = 32  # decode steps after which a sequence that does not draft tries again
+PATIENCE = 32, 256  # decode steps until a sequence that does not draft tries again: at first, and in the end
 BUCKETS = 10  # of the block's own probability
 PRIOR = 8.0  # drafts that the first guess of a bucket, its own probability, counts for
 
@@ -50,6 +53,45 @@ class StepTimes:
             self.seconds[i] = after
 
 
+class Switch:
+    """Drafting on or off at one size of the batch: what is faster, found by trying both."""
+
+    TRY, AGAIN = 24, 600  # steps of a trial, and from one to the next
+
+    def __init__(self):
+        self._tokens, self._seconds, self._steps = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}, {True: 0, False: 0}
+        self._asked = self._last = self._left = 0
+        self._trial = True
+
+    def ask(self) -> bool:
+        """Whether to draft in this step."""
+        self._asked += 1
+        if self._left:
+            self._left -= 1
+            return self._trial
+        untried = next((on for on in (True, False) if self._steps[on] < self.TRY // 2), None)
+        if untried is not None or self._asked - self._last >= self.AGAIN:
+            self._trial = untried if untried is not None else self.advantage <= 1
+            self._last, self._left = self._asked, self.TRY - 1
+            return self._trial
+        return self.advantage > 1
+
+    @property
+    def trying(self) -> bool:
+        return self._left > 0
+
+    @property
+    def advantage(self) -> float:
+        """The rate of steps that draft over that of steps that do not; 1 as long as one of them is unknown."""
+        off = self._tokens[False] * self._seconds[True]
+        return self._tokens[True] * self._seconds[False] / off if off else 1.0
+
+    def learn(self, on: bool, tokens: int, seconds: float) -> None:
+        self._tokens[on] = 0.98 * self._tokens[on] + tokens
+        self._seconds[on] = 0.98 * self._seconds[on] + seconds
+        self._steps[on] += 1
+
+
 class DraftPolicy:
     """Decides which sequences draft, and after each draft which go on. Not adaptive: all draft `most` tokens."""
 
@@ -57,12 +99,14 @@ class DraftPolicy:
         self.most, self.adaptive = most, adaptive
         self.verify = self.block = StepTimes([(1, 0.0)])
         self.token_seconds = 0.0  # what a token takes now, all sequences together; 0: nothing measured yet
-        # Of all sequences' steps that draft: drafts kept (the first guess is a hopeful one) and drafts made.
-        self.gain, self.made = most / 2, float(most)
+        self.gain = most / 2  # drafts kept in a step that drafts, of all sequences; the first guess is a hopeful one
         self.deeper = 0.6  # chance of a draft behind a kept one
         self._kept = [PRIOR * (i + 0.5) / BUCKETS for i in range(BUCKETS)]
         self._tried = [PRIOR] * BUCKETS
         self._rows = 1
+        self._switches: dict[int, Switch] = {}
+        self._advantage = 1.0
+        self.on, self._since, self._trying = True, 0, False  # what is done now, for how many steps, as a trial
 
     def measure(self, engine) -> None:
         """Time the trunk and the MTP block over rows."""
@@ -81,6 +125,8 @@ class DraftPolicy:
         ready = [s.seq.finish_reason is None and s.seq.remaining == 1 and bool(s.seq.output) for s in spans]
         self._rows = max(sum(ready), 1)
         wanted = [0] * len(spans)
+        if self.adaptive and any(ready) and not self._ask():
+            return wanted
         for i, span in enumerate(spans):
             seq = span.seq
             if not ready[i] or not self._worth_starting(seq):
@@ -91,13 +137,26 @@ class DraftPolicy:
             wanted[i] = max(most, 0)
         return wanted
 
+    def _ask(self) -> bool:
+        switch = self._switches.setdefault(self._rows.bit_length(), Switch())
+        on = switch.ask()
+        self.on, self._since, self._trying = on, self._since + 1 if on == self.on else 0, switch.trying
+        self._advantage = switch.advantage
+        return on
+
     def _worth_starting(self, seq: Sequence) -> bool:
-        if not self.adaptive or not self.token_seconds or seq.idle_steps >= RETRY:
+        seq.retrying = self.adaptive and (self._trying or seq.idle_steps >= seq.patience)
+        if not self.adaptive or self._trying:  # a trial is to learn the times, too
             return True
-        gain, n = self.gain if seq.gain is None else seq.gain, self._rows
-        # The block reads what was kept since, then draft after draft; all drafts are rows of the next forward.
-        block = self.block(n * (1 + gain)) + max(self.made - 1, 0) * self.block(n)
-        return gain * self.token_seconds * n > block + self.verify(n * (1 + self.made)) - self.verify(n)
+        if seq.retrying:
+            seq.patience = min(2 * seq.patience, PATIENCE[1])
+            return True
+        # A step that drafts makes 1 + gain tokens; if that is `advantage` times the rate of a step that does not, the
+        # gain at which both are equally fast follows.
+        pays = seq.gain is None or 1 + seq.gain > (1 + self.gain) / self._advantage
+        if pays:
+            seq.patience = PATIENCE[0]
+        return pays
 
     def go_on(self, made: int, chances: Rows[float]) -> list[bool]:
         """Which rows draft one more behind `made`, given the chance that all their drafts so far are kept."""
@@ -130,7 +189,6 @@ class DraftPolicy:
     def observe(self, seq: Sequence, drafted: int, accepted: int) -> None:
         """What became of a sequence's drafts."""
         self.gain += 0.02 * (accepted - self.gain)
-        self.made += 0.02 * (drafted - self.made)
         seq.gain = (self.gain if seq.gain is None else seq.gain) * 0.9 + 0.1 * accepted
         for k in range(min(accepted + 1, drafted)):  # beyond the first refused draft nothing was learnt
             kept = float(k < accepted)
@@ -145,6 +203,8 @@ class DraftPolicy:
     def stepped(self, rows: int, tokens: int, reading: float, seconds: float) -> None:
         """A step that only decoded read so many rows in `reading` seconds, and made so many tokens in all of them."""
         self.verify.learn(rows, reading)
+        if self.adaptive and self._since > 1:  # the steps around a change belong to neither
+            self._switches.setdefault(self._rows.bit_length(), Switch()).learn(self.on, tokens, seconds)
         if tokens:
             now = seconds / tokens
             self.token_seconds = self.token_seconds * 0.9 + now * 0.1 if self.token_seconds else now

@@ -47,7 +47,7 @@ class Server:
     def __init__(self, *argv: object):
         command = [sys.executable, "-c", PROGRAM, "serve", str(TINY), "--served-model-name", "tiny", "--port", "0"]
         self.process = subprocess.Popen(
-            [*command, "--speculative", "mtp", "--threads", "1", *map(str, argv)],
+            [*command, "--speculative", "mtp", "--draft-tokens", "2", "--threads", "1", *map(str, argv)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
