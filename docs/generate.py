@@ -318,7 +318,28 @@ def numbers(folder: Path = RESULTS) -> str:
         lines += [*(line for source in sources for line in (source, "")), *_table(header, list(shown.values()))]
     else:
         lines.append("Training and decoding beside transformers: not measured yet; `make bench` writes it.")
+    for found in _read(folder, "serve_step.json"):
+        lines += ["", f"`{found['command']}`: {_machine(found['machine'])}", "", *_engine_table(found["rows"])]
     return "\n".join(lines)
+
+
+def _engine_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Tokens per second of the engine by batch, and the share of bare steps' rate that it keeps at its worst."""
+    most = max(row["threads"] for row in rows)
+    kinds: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        if row["threads"] == most:
+            kinds.setdefault((row["model"], row["dtype"]), {})[row["batch"]] = row
+    batches = sorted({row["batch"] for row in rows})
+    header = ["decoding in the server's engine", "format", *(f"tok/s, {b} at once" for b in batches), "of bare steps"]
+    body = [
+        [
+            model, f"{dtype}, {most} threads", *(_number(found[b]["tokens_per_second"]) for b in batches),
+            f"{min(row['ratio'] for row in found.values()):.0%} to {max(row['ratio'] for row in found.values()):.0%}",
+        ]
+        for (model, dtype), found in kinds.items()
+    ]  # fmt: skip
+    return _table(header, body)
 
 
 def readme(text: str, folder: Path = RESULTS) -> str:

@@ -61,6 +61,22 @@ def measured(tmp_path):
         "parameters": {"total": 4_754_022, "active": 3_426_918, "mtp": {"total": 950_224}},
     }  # fmt: skip
     (tmp_path / "demo.json").write_text(json.dumps(demo))
+    common = {"model": "demo", "dtype": "fp32", "threads": 2, "noisy": False, "by_round": [1.0]}
+    spread = {"mean": 2.0, "p50": 1.5, "p90": 3.0, "p99": 4.0, "max": 5.0}
+    serve = {
+        "step": common | {"batch": 8, "bare_ms": 2.0, "engine_ms": 2.1, "tokens_per_second": 3809.5, "floor_ms": 0.5,
+                          "ratio": 0.95},
+        "mtp": common | {"draft_tokens": "auto", "off_tokens_per_second": 400.0, "on_tokens_per_second": 500.0,
+                         "ratio": 1.25, "acceptance_length": 2.3, "tokens_per_step": 2.2, "repeated_8grams": 0.5},
+        "transformers": common | {"batch": 1, "speculative": True, "tokens_per_second": 400.0,
+                                  "transformers_tokens_per_second": 200.0, "ratio": 2.0},
+        "load": {"model": "demo", "concurrency": 8, "speculative": False,
+                 "report": {"requests_per_second": 20.0, "output_tokens_per_second": 1280.0, "ttft_ms": spread,
+                            "itl_ms": spread, "health_ms": spread}},
+    }  # fmt: skip
+    for work, row in serve.items():
+        body = {"command": f"python benchmarks/serve.py {work}", "machine": MACHINE, "rows": [{"work": work} | row]}
+        (tmp_path / f"serve_{work}.json").write_text(json.dumps(body))
     return tmp_path
 
 
@@ -81,6 +97,10 @@ def test_results_show_what_was_measured(generate, measured):
     assert "| acceptance length along the text | 2.10 (kept: 70%, 40%) |" in page
     assert "| parameters | 4.75 M, 3.43 M active; MTP 0.95 M more |" in page
     assert "| total | 480 s |" in page and generate.NOT_MEASURED not in page
+    assert "| demo | fp32, 2 | 8 | 2.00 | 2.10 | **0.95** | 3,810 | 0.50 | no |" in page
+    assert "| auto | fp32, 2 | 400 | 500 | **1.25x** | 2.30 | 2.20 | 50% | no |" in page
+    assert "| demo | fp32, 2 | 1 | yes | 400 | 200 | **2.00x** | no |" in page
+    assert "| no |  | 8 | 20.0 | 1,280 | 1.5 | 4.0 | 1.5 | 4.0 | 4.0 |" in page
 
 
 def test_the_readme_shows_the_most_threads(generate, measured):
@@ -88,10 +108,11 @@ def test_the_readme_shows_the_most_threads(generate, measured):
     row = "| bench_small, train 4 x 512 | fp32, 2 threads | 1,500 | 1,000 | **1.50x** | 0.50x |"
     assert row in block and "1 threads" not in block
     assert "**3.00x** (noisy)" in block and "8.0 min" in block
+    assert "| demo | fp32, 2 threads | 3,810 | 95% to 95% |" in block
 
 
 def test_what_is_missing_is_said(generate, tmp_path):
-    assert generate.results_page(tmp_path).count(generate.NOT_MEASURED) == 2
+    assert generate.results_page(tmp_path).count(generate.NOT_MEASURED) == 6
     assert generate.numbers(tmp_path).count("not measured yet") == 2
 
 
