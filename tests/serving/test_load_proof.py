@@ -6,9 +6,8 @@ import random
 
 import pytest
 from nemo_lite_serving.load import Load, run_async
-from serving.real import SECONDS, Server, ids_of, ties
-
 from runs import wait_for
+from serving.real import SECONDS, Server, ids_of, ties
 
 REQUESTS = 10_000
 CONCURRENCY = 64

@@ -17,9 +17,9 @@ import psutil
 import pytest
 from fake_engine import EXIT
 from nemo_lite_serving import serve
+from runs import wait_for
 
 from nemo_lite import cli
-from runs import wait_for
 
 TESTS = Path(__file__).parents[1]
 SECONDS = 60.0  # no wait lasts longer

@@ -8,10 +8,10 @@ import threading
 import openai
 import pytest
 import torch
+from runs import wait_for
 from serving.real import END, SECONDS, Server, ids_of, logprobs, model, ties
 
 from nemo_lite.generate import generate
-from runs import wait_for
 
 PROMPTS = ["import ", "class ", "def forward(self, x):\n    ", "x", "# The", "    return "]
 
