@@ -38,7 +38,8 @@ demo: $(STAMP)
 
 # One torch thread a process; files are shared out over two processes.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not load"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not load and not alone"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m alone tests/serving/test_client.py
 
 load: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m load tests/serving

@@ -140,7 +140,9 @@ class Terminal:
 
     def __init__(self, *argv, home):
         self.master, slave = pty.openpty()
-        environment = os.environ | {"HOME": str(home), "TERM": "xterm"}
+        # Nothing that other tests or their libraries have put into the environment.
+        environment = {name: os.environ[name] for name in ("PATH", "VIRTUAL_ENV", "LANG") if name in os.environ}
+        environment |= {"HOME": str(home), "TERM": "xterm", "PYTHONFAULTHANDLER": "1"}
         # Its controlling terminal, so that Ctrl-C reaches it; set in the child, as forking beside threads is not safe.
         own = (
             "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
@@ -159,7 +161,11 @@ class Terminal:
     def until(self, text, seconds=60.0):
         end = time.monotonic() + seconds
         while text not in self.seen:
-            assert select.select([self.master], [], [], max(0, end - time.monotonic()))[0], f"{text!r}: {self.seen!r}"
+            if not select.select([self.master], [], [], max(0, end - time.monotonic()))[0]:
+                self.process.send_signal(signal.SIGABRT)  # it says where it hangs
+                self.process.wait(10)
+                self.seen += os.read(self.master, 65536).decode("utf-8", "replace")
+                raise AssertionError(f"{text!r}: {self.seen!r}")
             try:
                 self.seen += os.read(self.master, 65536).decode("utf-8", "replace")
             except OSError:  # the other end is closed
@@ -177,6 +183,7 @@ class Terminal:
         os.close(self.master)
 
 
+@pytest.mark.alone
 def test_on_a_terminal(server, tmp_path):
     terminal = Terminal(server.url, home=tmp_path)
     try:
