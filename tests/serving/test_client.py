@@ -81,6 +81,69 @@ def test_a_conversation(server):
     screen = Screen(out, terminal=True, colour=True)
     chat = Chat(Remote(server.url), "tiny", ours=True)
     chat.ask("reason first", screen)
+    shown = out.getvalue()
+    assert f"\x1b[2mLet me see\x1b[0m\n\n{ANSWER}\n" in shown  # dim, then not
+    assert "12 tokens" in shown and "acceptance length 2.20" in shown and "1 of 2 prompt tokens cached" in shown
+    chat.ask("call a tool", screen)
+    assert 'call weather {"city": "Oslo"}\x1b[0m\n' in out.getvalue()
+    assert chat.messages[-1]["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    with pytest.raises(Failed):
+        chat.ask("wrong", screen)
+    assert [message["role"] for message in chat.messages] == ["user", "assistant", "user", "assistant"]
+    with pytest.raises(Failed):
+        chat.ask("break", screen)
+    assert chat.messages[-1]["content"] == "The quick brown"  # what came is kept
+
+
+def test_commands():
+    chat = Chat(Remote("http://x"), "tiny", ours=True)
+    assert command(chat, "/system Be  brief.") and chat.system == "Be  brief."
+    assert command(chat, "/think low") and chat.body()["reasoning_effort"] == "low"
+    assert command(chat, '/params temperature=0.7 stop=["a b", "c"] seed=3 user=me') == (
+        'temperature=0.7 stop=["a b", "c"] seed=3 user="me"'
+    )
+    assert command(chat, "/params seed= user=") == 'temperature=0.7 stop=["a b", "c"]'
+    assert chat.body()["temperature"] == 0.7 and chat.body()["token_origins"]
+    chat.messages.append({"role": "user", "content": "x"})
+    assert command(chat, "/reset") and chat.messages == []
+    assert command(chat, "/system") and command(chat, "/think") and command(chat, "/help")
+    assert chat.system is None and chat.think is None
+    assert command(chat, "/quit") is None
+    for wrong in ("/nothing", "/think maybe", "/params temperature", "/params stream=false"):
+        with pytest.raises(Failed):
+            command(chat, wrong)
+    assert parse_params("a=1.5 b=1x c=") == {"a": 1.5, "b": "1x", "c": None}
+
+
+def test_the_terminal_obeys_no_model():
+    out = io.StringIO()
+    screen = Screen(out, terminal=True, colour=False)
+    screen.answer("a\x1b]0;title\x07b\tc\n")
+    assert out.getvalue() == "a�]0;title�b\tc\n"
+
+
+def test_events_of_other_servers():
+    """Reasoning under its other name, no usage, calls without an index."""
+    answer, out = Answer(), io.StringIO()
+    screen = Screen(out, terminal=True, colour=False)
+    answer.take({"choices": [{"delta": {"reasoning": "hm", "content": None}}]}, screen)
+    call = {"id": "c", "function": {"name": "f", "arguments": "{}"}}
+    answer.take({"choices": [{"delta": {"tool_calls": [call]}, "finish_reason": "tool_calls"}]}, screen)
+    answer.take({"choices": [], "usage": None}, screen)
+    screen.end()
+    assert out.getvalue() == "hm\ncall f {}\n"
+    assert answer.message["tool_calls"][0]["id"] == "c" and answer.summary().startswith("2 tokens")
+
+
+class Terminal:
+    """The command on a terminal of its own."""
+
+    def __init__(self, *argv, home):
+        self.master, slave = pty.openpty()
+        # Nothing that other tests or their libraries have put into the environment.
+        environment = {name: os.environ[name] for name in ("PATH", "VIRTUAL_ENV", "LANG") if name in os.environ}
+        environment |= {"HOME": str(home), "TERM": "xterm", "PYTHONFAULTHANDLER": "1"}
+        # Its controlling terminal, so that Ctrl-C reaches it; set in the child, as forking beside threads is not safe.
         # Signals as a terminal's programs have them: what starts tests in the background ignores Ctrl-C.
         own = (
             "import fcntl, os, signal, sys, termios; signal.pthread_sigmask(signal.SIG_SETMASK, []); "
