@@ -49,7 +49,7 @@ def load(server: Server, seed: int, requests: int) -> dict:
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.load
 def test_a_load_leaves_nothing_behind_and_every_answer_is_right(capsys):
     with Server("--max-num-seqs", CONCURRENCY // 2, "--max-queue", 4 * CONCURRENCY) as server:
         load(server, 0, REQUESTS // 10)  # allocators and caches take what they need
