@@ -11,13 +11,14 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints/cpu.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test load check bench clean
+.PHONY: help setup demo test load check sanitize bench clean
 help:
 	@echo "make demo    train a small hybrid on this machine, export it, complete text (about 10 minutes)"
 	@echo "make test    the tests"
 	@echo "make load    10,000 requests against a server, some of them broken off or malformed (about 2 minutes)"
 	@echo "make check   ruff and pyright"
-	@echo "make bench   training and decoding beside transformers (on a quiet machine)"
+	@echo "make sanitize  the CPU kernels' tests with memory errors and undefined behaviour caught (about 5 minutes)"
+	@echo "make bench   training, prefill and decode beside transformers, and llama.cpp where LLAMA_PYTHON has it (10 minutes)"
 	@echo "make setup   only .venv; make clean removes it and runs/demo*"
 
 setup: $(STAMP)
@@ -49,9 +50,21 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# The library is loaded into a Python that was built without the sanitiser: its runtime must be there first, and the one
+# of C++ before it looks for what throws.
+SANITIZED := $(addprefix tests/kernels/test_,linear.py step.py cpu_kernels.py cpu_moe.py cpu_loss.py)
+sanitize: $(STAMP)
+	@command -v c++ >/dev/null || { echo "skipped: no C++ compiler (c++)"; exit 0; }; \
+	for kind in undefined:libubsan.so address:libasan.so; do \
+		runtime=$$(c++ -print-file-name=$${kind#*:}); \
+		[ -e "$$runtime" ] || { echo "skipped the sanitiser $${kind%:*}: c++ has no $${kind#*:}"; continue; }; \
+		CXX=c++ LD_PRELOAD="$$runtime $$(c++ -print-file-name=libstdc++.so.6)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+			$(BIN)/python -m pytest -q -rfE -n 2 --dist loadfile --sanitize $${kind%:*} $(SANITIZED) || exit 1; \
+	done
+
 bench: $(STAMP)
-	$(BIN)/python benchmarks/peers.py all
-	$(BIN)/python benchmarks/serve.py all
+	$(BIN)/python benchmarks/peers.py all --quick $(if $(LLAMA_PYTHON),--llama-python $(LLAMA_PYTHON))
+	$(BIN)/python kernels/bench --quick
 	$(BIN)/python docs/generate.py
 
 clean:

@@ -119,17 +119,18 @@ def _range(values: list[float]) -> str:
 
 
 def _peer_row(row: dict[str, Any]) -> list[str]:
-    ours, peer = row["nemo_lite"], row["transformers"]
+    ours, name = row["nemo_lite"], row.get("peer", "transformers")
+    peer = row[name]
     return [
-        row["work"], row["dtype"], str(row["threads"]), _shape(row), _number(ours["tokens_per_second"]),
+        row["work"], row["dtype"], str(row["threads"]), _shape(row), _number(ours["tokens_per_second"]), name,
         _number(peer["tokens_per_second"]), f"**{row['speedup']:.2f}x**", _range(row["speedup_by_round"]),
         _number(ours["peak_mb"]), _number(peer["peak_mb"]), "yes" if row["noisy"] else "no",
     ]  # fmt: skip
 
 
 PEER_HEADER = [
-    "work", "dtype", "threads", "shape", "nemo_lite tok/s", "transformers tok/s", "speedup", "by round", "nemo_lite MB",
-    "transformers MB", "noisy",
+    "work", "dtype", "threads", "shape", "nemo_lite tok/s", "peer", "its tok/s", "speedup", "by round", "nemo_lite MB",
+    "its MB", "noisy",
 ]  # fmt: skip
 
 
@@ -154,7 +155,7 @@ def _peers(found: list[dict[str, Any]]) -> list[str]:
             f"### {config}",
             "",
             *_source(each),
-            *_table(PEER_HEADER, [_peer_row(row) for row in each["rows"]]),
+            *_table(PEER_HEADER, [_peer_row(row) for row in each["rows"] if "speedup" in row]),
             "",
         ]
     return lines
@@ -300,8 +301,8 @@ def numbers(folder: Path = RESULTS) -> str:
     sources = []
     for found in _read(folder, "peers_*.json"):
         most = max(row["threads"] for row in found["rows"])
-        for row in (row for row in found["rows"] if row["threads"] == most):
-            ours, peer = row["nemo_lite"], row["transformers"]
+        for row in (row for row in found["rows"] if row["threads"] == most and "speedup" in row):
+            ours, peer = row["nemo_lite"], row[row.get("peer", "transformers")]
             mark = " (noisy)" if row["noisy"] else ""
             key = (row["config"], row["work"], row["dtype"], _shape(row))
             if key in shown:

@@ -303,13 +303,18 @@ class PrecisionConfig:
 
 @dataclass
 class KernelsConfig:
-    """Backend of each op: `auto`, or one by name; the table is in nemo_lite_kernels/__init__.py."""
+    """Backend of each op: `auto`, or one by name; `nemo-lite kernels` prints the table."""
 
     ssd: str = key("auto", "chunked SSD scan")
     conv: str = key("auto", "causal convolution")
     attention: str = key("auto", "causal attention over packed documents")
     experts: str = key("auto", "routed experts")
+    router: str = key("auto", "choice of experts")
     norm: str = key("auto", "RMSNorm and gated group RMSNorm")
+    activation: str = key("auto", "squared ReLU")
+    linear: str = key("auto", "products of linears")
+    loss: str = key("auto", "cross-entropy of a chunk of logits, with its gradient")
+    step: str = key("auto", "a few tokens through all layers at once: decoding, verifying drafts")
 
 
 @dataclass

@@ -394,6 +394,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float64"], help="default: as stored")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="torch threads")
+    parser.add_argument("--quantization", choices=["int8", "int4"], help="pack weights as they are read (default: no)")
+    parser.add_argument("--kernels", metavar="OP=NAME[,...]", help="backends of ops (default: auto; nemo-lite kernels)")
     parser.add_argument("--stats", action="store_true", help="print tokens/s and acceptance to standard error")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
     args = parser.parse_args(argv)
@@ -402,11 +404,15 @@ def main(argv: list[str]) -> int:
     if args.draft_tokens is not None and args.speculative is None:
         parser.error("--draft-tokens needs --speculative mtp")
     from nemo_lite.data.tokenizer import load_tokenizer
+    from nemo_lite.kernels import wanted
     from nemo_lite.model.hybrid import HybridLM
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    model = HybridLM.from_pretrained(args.model_dir, dtype=args.dtype, device=args.device)
+    kernels = wanted(args.kernels, args.device)
+    model = HybridLM.from_pretrained(
+        args.model_dir, dtype=args.dtype, device=args.device, kernels=kernels, quantization=args.quantization
+    )
     tokenizer = load_tokenizer(args.model_dir)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     ids = tokenizer.encode(prompt)

@@ -109,12 +109,21 @@ def free_running(
     }
 
 
-def held_out(model_dir: Path, data: DataConfig, *, drafts: int | None, prompts: int, new_tokens: int) -> dict[str, Any]:
+def held_out(
+    model_dir: Path,
+    data: DataConfig,
+    *,
+    drafts: int | None,
+    prompts: int,
+    new_tokens: int,
+    kernels: dict[str, str] | None = None,
+    quantization: str | None = None,
+) -> dict[str, Any]:
     """All figures of a MODEL_DIR on the held-out split of `data`."""
     from nemo_lite.data import documents, load_tokenizer
     from nemo_lite.model.hybrid import HybridLM
 
-    model = HybridLM.from_pretrained(model_dir)
+    model = HybridLM.from_pretrained(model_dir, kernels=kernels, quantization=quantization)
     tokenizer = load_tokenizer(data.tokenizer)
     drafts = (model.config.mtp.depth if drafts is None else drafts) if model.mtp is not None else 0
     figures = along_the_text(model, data, tokenizer, drafts)
@@ -151,15 +160,22 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="new tokens a prompt (default: 128)")
     parser.add_argument("--threads", type=int, metavar="N", help="torch threads")
+    parser.add_argument("--quantization", choices=["int8", "int4"], help="pack weights as they are read (default: no)")
+    parser.add_argument("--kernels", metavar="OP=NAME[,...]", help="backends of ops (default: auto; nemo-lite kernels)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
+    from nemo_lite.kernels import wanted
+
     if args.threads:
         torch.set_num_threads(args.threads)
     data = DataConfig(
         tokenizer=str(args.model_dir), seq_len=args.seq_len, blend=[SourceConfig(source=args.source)],
         validation_fraction=args.validation_fraction,
     )  # fmt: skip
-    figures = held_out(args.model_dir, data, drafts=args.draft_tokens, prompts=args.prompts, new_tokens=args.max_tokens)
+    figures = held_out(
+        args.model_dir, data, drafts=args.draft_tokens, prompts=args.prompts, new_tokens=args.max_tokens,
+        kernels=wanted(args.kernels), quantization=args.quantization,
+    )  # fmt: skip
     print(json.dumps(figures) if args.json else describe(figures))
     return 0
 

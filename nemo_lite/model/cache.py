@@ -14,6 +14,7 @@ Shape letters: B batch, L length, S slots, w = W-1, H heads or hidden, K key/val
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,7 @@ class MambaState:
         self._state: Tensor | None = None
         self._held: tuple[Tensor, Replay] | None = None  # of the last forward, if it was tentative
         self._keep: list[int] | None = None  # how many of its tokens count, as long as nobody has asked for the result
+        self.later: Callable[[list[int]], None] | None = None  # after a fused step: takes them in, for all layers
 
     @property
     def window(self) -> Tensor | None:
@@ -63,20 +65,32 @@ class MambaState:
     def advance(self, x_BLC: Tensor, state: Tensor, ctx: Context) -> None:
         """Take in the tokens of one forward; `state` is the one after them."""
         self._window, self._state = self._windows(self._extended(x_BLC), ctx.counts or []), state
-        self._held = None
+        self._held = self.later = None
 
     def hold(self, x_BLC: Tensor, replay: Replay, ctx: Context) -> None:
         """Take in the tokens of a tentative forward; until `keep` says otherwise, all of them."""
-        self._held = (self._extended(x_BLC), replay)
+        self._held, self.later = (self._extended(x_BLC), replay), None
         self._keep = ctx.counts
 
     def keep(self, counts: list[int]) -> None:
         """Keep only the first counts[b] tokens of the last forward, which must have been tentative."""
-        assert self._held is not None, "only a tentative forward can be shortened"
+        assert self._held is not None or self.later is not None, "only a tentative forward can be shortened"
         self._keep = counts
+
+    def hold_later(self, counts: list[int], later: Callable[[list[int]], None]) -> None:
+        """As `hold`, where `later` knows how to take the tokens in."""
+        self._held, self._keep, self.later = None, counts, later
+
+    def become(self, window: Tensor, state: Tensor) -> None:
+        """Window and state after the tokens so far."""
+        self._window, self._state = window, state
+        self._held = self._keep = self.later = None
 
     def _settle(self) -> None:
         if self._keep is None:
+            return
+        if self.later is not None:
+            self.later(self._keep)
             return
         assert self._held is not None
         extended, replay = self._held
@@ -100,8 +114,7 @@ class MambaState:
         return self.window, self.state
 
     def restore(self, saved) -> None:
-        self._window, self._state = saved
-        self._held = self._keep = None
+        self.become(*saved)
 
 
 class KVState:
@@ -115,8 +128,7 @@ class KVState:
         """Write the valid new tokens behind each row's slots; the slots in use, [B, S', K, D] each."""
         assert ctx.starts is not None and ctx.counts is not None
         end = max(start + count for start, count in zip(ctx.starts, ctx.counts))
-        if self.k is None or end > self.k.shape[1]:
-            self._grow(end, k_BLKD)
+        self.reserve(end, k_BLKD)
         assert self.k is not None and self.v is not None
         if ctx.uniform:
             start = ctx.starts[0]
@@ -129,9 +141,12 @@ class KVState:
             self.k[row, slot], self.v[row, slot] = k_BLKD[row, column], v_BLKD[row, column]
         return self.k[:, :end], self.v[:, :end]
 
-    def _grow(self, slots: int, like: Tensor) -> None:
+    def reserve(self, slots: int, like: Tensor) -> None:
+        """Room for so many slots; `like` [B, any, K, D] tells the shape and dtype."""
         B, _, K, D = like.shape
         old = 0 if self.k is None else self.k.shape[1]
+        if self.k is not None and slots <= old:
+            return
         capacity = max(slots, 2 * old, 64)
         # Zeros, not garbage: padded queries look at slots nobody has written.
         for name, before in (("k", self.k), ("v", self.v)):
@@ -173,7 +188,9 @@ class Stream:
             else Nothing()
             for letter in layers
         ]  # fmt: skip
+        self.config = config
         self.lengths = [0] * batch
+        self._lane: Lane | None = None
         self._last: tuple[list[int], list[int]] | None = None  # lengths before and counts of the last forward
 
     def context(self, length: int, counts: list[int] | None, valid_BL: Tensor | None, tentative: bool) -> Context:
@@ -183,6 +200,22 @@ class Stream:
             len(self.lengths), length, valid_BL=valid_BL, count_BL=valid_BL, stream=self, starts=list(self.lengths),
             counts=counts, tentative=tentative,
         )  # fmt: skip
+
+    def lane(self, step, ctx: Context, dtype: torch.dtype):
+        """What the fused step needs to know of this cache for a forward of `ctx`; None where the cache was begun in
+        another dtype."""
+        for state in self.states:
+            before = state.window if isinstance(state, MambaState) else state.k if isinstance(state, KVState) else None
+            if before is not None and before.dtype != dtype:
+                return None
+        self._lane = Lane(self, step, ctx, dtype)
+        return self._lane.plan
+
+    def stepped(self, ctx: Context) -> None:
+        """A fused step has run over the lane."""
+        assert self._lane is not None
+        self._lane.stepped(ctx)
+        self._lane = None  # the states before are free
 
     def took(self, ctx: Context) -> None:
         """The forward of `ctx` is done."""
@@ -210,6 +243,63 @@ class Stream:
         self.lengths, self._last = list(lengths), None
         for state, saved_state in zip(self.states, states):
             state.restore(saved_state)
+
+
+class Lane:
+    """A stream as the fused step sees it: states are read where they are and written to new tensors."""
+
+    def __init__(self, stream: Stream, step, ctx: Context, dtype: torch.dtype):
+        config, B, L = stream.config, ctx.batch, ctx.length
+        assert ctx.starts is not None and ctx.counts is not None
+        self.stream, self.step, self.dtype = stream, step, dtype
+        self.mamba = [i for i, state in enumerate(stream.states) if isinstance(state, MambaState)]
+        wide = torch.promote_types(dtype, torch.float32)
+        channels = config.mamba_inner + 2 * config.mamba_groups_state
+        window = (B, config.conv_kernel - 1, channels)
+        state = (B, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+        self.a: list[Tensor | None] = [None] * len(stream.states)
+        self.b: list[Tensor | None] = [None] * len(stream.states)
+        capacity = 1
+        for i, at in enumerate(stream.states):
+            if isinstance(at, MambaState):
+                before = at.window, at.state
+                self.a[i] = before[0].contiguous() if before[0] is not None else torch.zeros(window, dtype=dtype)
+                self.b[i] = before[1].contiguous() if before[1] is not None else torch.zeros(state, dtype=wide)
+            elif isinstance(at, KVState):
+                like = torch.empty(B, 0, config.num_key_value_heads, config.head_dim, dtype=dtype)
+                at.reserve(max(ctx.starts) + L, like)
+                self.a[i], self.b[i] = at.k, at.v
+                capacity = at.k.shape[1]  # type: ignore[union-attr]
+        now = step.cache(self.a, self.b)
+        self.new = None if ctx.tentative else self._outputs()
+        held = torch.empty(step.held_size(B * L), dtype=torch.float32) if ctx.tentative else None
+        self.plan = step.part(
+            rows=B, length=L, tentative=ctx.tentative, starts=ctx.starts, slots=range(B), table=range(B),
+            block_size=capacity, inputs=now, outputs=self.new or now, held=held,
+        )  # fmt: skip
+
+    def _outputs(self):
+        a, b = list(self.a), list(self.b)
+        for i in self.mamba:
+            a[i], b[i] = torch.empty_like(a[i]), torch.empty_like(b[i])
+        return self.step.cache(a, b)
+
+    def stepped(self, ctx: Context) -> None:
+        states = self.stream.states
+        if self.new is not None:
+            for i in self.mamba:
+                states[i].become(self.new[2][i], self.new[3][i])
+            return
+        assert ctx.counts is not None
+        for i in self.mamba:
+            states[i].hold_later(ctx.counts, self.advance)
+
+    def advance(self, counts: list[int]) -> None:
+        """Take in the first tokens of each row, in all layers."""
+        new = self._outputs()
+        self.step.advance(self.plan, counts, self.dtype, new)
+        for i in self.mamba:
+            self.stream.states[i].become(new[2][i], new[3][i])
 
 
 @dataclass

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -297,8 +297,9 @@ def check_tensors(table: list[Row], files: TensorFiles, where: str, tied: bool) 
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, model_dir: Path) -> None:
-    """Copy a MODEL_DIR's tensors into a model, one at a time; a rank that holds a part keeps only its part."""
+def load_weights(model: nn.Module, model_dir: Path, packed=None) -> None:
+    """Copy a MODEL_DIR's tensors into a model, one at a time; a rank that holds a part keeps only its part. Those that
+    are on the meta device are given whole to packed(name, tensor)."""
     files, table, tied = TensorFiles(model_dir), rows(model), model.config.tie_word_embeddings
     check_tensors(table, files, str(model_dir), tied)
     tensors = _tensors(model)
@@ -306,10 +307,14 @@ def load_weights(model: nn.Module, model_dir: Path) -> None:
         if tied and row.theirs == (_HEAD,):
             continue  # load_config has seen that it is the embedding's
         target = tensors[row.ours]
-        copy_whole(target, from_hf(row, [files.get(name) for name in row.theirs], target.shape))
+        value = from_hf(row, [files.get(name) for name in row.theirs], target.shape)
+        if packed is not None and target.is_meta:
+            packed(row.ours, value)
+        else:
+            copy_whole(target, value)
 
 
-def load_model(cls, model_dir: Path, *, dtype=None, device="cpu", kernels=None):
+def load_model(cls, model_dir: Path, *, dtype=None, device="cpu", kernels=None, quantization=None):
     """See HybridLM.from_pretrained."""
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
@@ -320,19 +325,26 @@ def load_model(cls, model_dir: Path, *, dtype=None, device="cpu", kernels=None):
         table = rows(model)
         check_tensors(table, files, str(model_dir), config.tie_word_embeddings)
         dtype = files.dtype(table[0].theirs[0])
-    materialise(model, dtype, device)
+    # A weight to be packed is never there in full beside the others; a tied head is the embedding's until the end.
+    later = (
+        {n for n in model.packable() if not (config.tie_word_embeddings and n == "head.weight")} if quantization else ()
+    )
+    materialise(model, dtype, device, later)
     model.dtype = dtype
-    load_weights(model, model_dir)
+    load_weights(model, model_dir, lambda name, weight: model.pack_weight(name, weight.to(device), quantization))
+    if quantization:
+        model.quantize_weights(quantization)
     return model.eval()
 
 
-def materialise(model: nn.Module, dtype: torch.dtype, device: str | torch.device) -> None:
-    """Allocate a meta model's tensors: `dtype`, but float32 for what always stays so (float64 where dtype is)."""
+def materialise(model: nn.Module, dtype: torch.dtype, device: str | torch.device, later: Container[str] = ()) -> None:
+    """Allocate a meta model's tensors, but those named in `later`: `dtype`, but float32 for what always stays so
+    (float64 where dtype is)."""
     wide = torch.promote_types(dtype, torch.float32)
     done: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for leaf, parameter in list(module._parameters.items()):
-            if parameter is None:
+            if parameter is None or f"{prefix}.{leaf}" in later:
                 continue
             if id(parameter) not in done:  # a tied head stays tied
                 kind = wide if FLOAT32.search(f"{prefix}.{leaf}") else dtype

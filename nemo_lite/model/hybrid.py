@@ -14,20 +14,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from nemo_lite_kernels.linear import PackedWeight
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nemo_lite import pattern as patterns
 from nemo_lite.config import ModelConfig
+from nemo_lite.model import step as fused
 from nemo_lite.model.attention import Attention
 from nemo_lite.model.cache import HybridCache, Pending
 from nemo_lite.model.context import Context, packed_context
 from nemo_lite.model.mamba2 import Mamba2
 from nemo_lite.model.moe import MLP, LatentMoE
 from nemo_lite.model.mtp import MTP
-from nemo_lite.parallel.layers import Layers
+from nemo_lite.parallel.layers import Experts, Head, Layers, Linear
 from nemo_lite.parallel.native import copy_whole
 from nemo_lite.train.loss import IGNORE, label_counts, shift_left, shifted_labels
+
+FORMATS = ("int8", "int4")  # of packed weights
 
 
 @dataclass
@@ -124,7 +128,10 @@ class HybridLM(nn.Module):
         super().__init__()
         self.config = config.validate()
         layers = layers or Layers(device, kernels)
+        self.ops = layers.ops
         self.kernel_choices = layers.ops.choices
+        self._whole = type(layers) is Layers
+        self._steps: dict = {}  # the fused steps of the trunk and of the MTP block
         self.dtype = dtype
         self.recompute = False
         with torch.device(device):
@@ -177,6 +184,36 @@ class HybridLM(nn.Module):
         if leaf[-1] == "down" or leaf[-2] in ("o_proj", "out_proj", "down", "fc2_latent"):
             std /= math.sqrt(len(config.layers))
         return value.normal_(0.0, std, generator=generator)
+
+    @torch.no_grad()
+    def quantize_weights(self, format: str, group: int = 32) -> HybridLM:
+        """Pack the weights of linears, experts and head to ``int8`` or ``int4``, for inference; returns the model.
+
+        One scale for every `group` (32, 64 or 128) inputs of a row. With int4 the head is packed to int8. Norms,
+        routers, embeddings, the convolution and what belongs to the scan stay as they are, and so does a weight whose
+        inputs are no multiple of 32.
+        """
+        if format not in FORMATS:
+            raise ValueError(f"weights can be packed to {' or '.join(FORMATS)}, not to {format!r}")
+        for name in self.packable():
+            self.pack_weight(name, self.get_parameter(name), format, group)
+        return self
+
+    def packable(self) -> list[str]:
+        """Names of the weights that `quantize_weights` packs."""
+        modules = {name: m for name, m in self.named_modules() if isinstance(m, Linear | Head | Experts)}
+        weights = ((name, leaf, w) for name, m in modules.items() for leaf, w in m.named_parameters(recurse=False))
+        return [f"{name}.{leaf}" for name, leaf, weight in weights if weight.shape[-1] % 32 == 0]
+
+    def pack_weight(self, name: str, weight: Tensor, format: str, group: int = 32) -> None:
+        """Put `weight`, packed, where the parameter of this name is."""
+        module_name, leaf = name.rsplit(".", 1)
+        module = self.get_submodule(module_name)
+        bits = 8 if format == "int8" or isinstance(module, Head) else 4
+        packed = PackedWeight.pack(weight, bits, group)
+        delattr(module, leaf)
+        setattr(module, leaf, packed)
+        self._steps.clear()
 
     @property
     def device(self) -> torch.device:
@@ -263,6 +300,8 @@ class HybridLM(nn.Module):
     def _run(self, layers, x_TH: Tensor, ctx: Context):
         """x through `layers`; the hidden states and, for each MoE layer in training, (its name, RouterStats)."""
         stats = []
+        if (step := self._step(layers, x_TH, ctx)) is not None and (out := fused.run(step, x_TH, ctx)) is not None:
+            return out, stats
         for index, layer in enumerate(layers):
             if self.recompute and torch.is_grad_enabled():
                 x_TH, stat = checkpoint(layer, x_TH, ctx, index, use_reentrant=False)
@@ -271,6 +310,20 @@ class HybridLM(nn.Module):
             if stat is not None:
                 stats.append((layer.name, stat))
         return x_TH, stats
+
+    def _step(self, layers, x_TH: Tensor, ctx: Context):
+        """The fused step of these layers, where it can take these tokens."""
+        step = self.ops.step
+        few = step is not None and x_TH.shape[0] <= step.few_tokens and x_TH.dtype in step.dtypes
+        if not few or self.training or torch.is_grad_enabled() or not self._whole:
+            return None
+        if (key := id(layers)) not in self._steps:
+            self._steps[key] = fused.plan(layers, self.config, self.ops)
+        return self._steps[key]
+
+    def _apply(self, *args, **options):
+        self._steps.clear()  # the weights move
+        return super()._apply(*args, **options)
 
     def _depths(self, input_ids, doc_ids, labels, hidden_TH: Tensor, ctx: Context):
         """Hidden states of MTP depth 1..K, [B, L, H] each, and the routers' statistics of all depths."""
@@ -313,6 +366,7 @@ class HybridLM(nn.Module):
 
     def new_cache(self, batch: int, speculative: bool = False) -> HybridCache:
         """An empty cache for `batch` rows; `speculative` keeps what MTP drafting needs."""
+        self._steps.clear()  # since the last cache a parameter may have been given other memory
         return HybridCache(self.config, batch, speculative)
 
     def _cached(self, input_ids, doc_ids, cache: HybridCache, dtype, tentative: bool) -> HybridOutput:
@@ -412,11 +466,13 @@ class HybridLM(nn.Module):
         dtype: torch.dtype | str | None = None,
         device: str | torch.device = "cpu",
         kernels: Mapping[str, str] | None = None,
+        quantization: str | None = None,
     ) -> HybridLM:
-        """Open a MODEL_DIR (Hugging Face NemotronH, MTP tensors included). dtype None keeps the stored one."""
+        """Open a MODEL_DIR (Hugging Face NemotronH, MTP tensors included). dtype None keeps the stored one;
+        `quantization` packs the weights as they are read (see :meth:`quantize_weights`)."""
         from nemo_lite.model.hf import load_model
 
-        return load_model(cls, Path(model_dir), dtype=dtype, device=device, kernels=kernels)
+        return load_model(cls, Path(model_dir), dtype=dtype, device=device, kernels=kernels, quantization=quantization)
 
     def save_pretrained(self, model_dir: str | Path, **options) -> None:
         """Write a MODEL_DIR that transformers, vLLM and from_pretrained open."""

@@ -49,55 +49,21 @@ class Router(nn.Module):
         self.n_group, self.topk_group = config.n_group, config.topk_group
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("bias", torch.zeros(config.n_routed_experts))
-        self.all_tokens = layers.all_tokens
+        self.all_tokens, self.route = layers.all_tokens, layers.ops.route
 
     def forward(self, x_TH: Tensor, ctx: Context) -> tuple[Tensor, Tensor, RouterStats | None]:
         """Chosen experts [T, k] (-1 on padding), their weights [T, k] in float32, and statistics when training."""
         dtype = torch.promote_types(x_TH.dtype, torch.float32)
-        scores_TE = self.all_tokens(F.linear(x_TH.to(dtype), self.weight.to(dtype))).sigmoid()
-        with torch.no_grad():
-            biased_TE = self._eligible(scores_TE + self.bias.to(dtype))
-            expert_Tk = biased_TE.topk(self.topk, sorted=False).indices
-        weight_Tk = scores_TE.gather(-1, expert_Tk)
-        if self.normalise:
-            weight_Tk = weight_Tk / (weight_Tk.sum(-1, keepdim=True) + 1e-20)
-        weight_Tk = weight_Tk * self.scaling
-        stats = self._stats(scores_TE, expert_Tk, ctx) if self.training else None
+        logits_TE = self.all_tokens(F.linear(x_TH.to(dtype), self.weight.to(dtype)))
+        rows = ctx.batch if self.training else 0
+        expert_Tk, weight_Tk, counts_E, aux = self.route(
+            logits_TE, self.bias, self.topk, self.scaling, self.normalise, self.n_group, self.topk_group, rows,
+            ctx.count_BL,
+        )  # fmt: skip
         if ctx.valid_BL is not None:
             expert_Tk = expert_Tk.masked_fill(~ctx.valid_BL.flatten()[:, None], -1)
+        stats = None if counts_E is None or aux is None else RouterStats(counts_E, aux)
         return expert_Tk, weight_Tk, stats
-
-    def _eligible(self, biased_TE: Tensor) -> Tensor:
-        if self.n_group == 1:
-            return biased_TE
-        grouped = biased_TE.unflatten(-1, (self.n_group, -1))
-        best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.topk_group, dim=-1, sorted=False).indices
-        keep = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=best.device).scatter_(-1, best, True)
-        return grouped.masked_fill(~keep[..., None], -torch.inf).flatten(-2)
-
-    def _stats(self, scores_TE: Tensor, expert_Tk: Tensor, ctx: Context) -> RouterStats:
-        """Counts, and per row E / (k n^2) * sum_e (tokens whose top-k of p holds e) * (sum of p_e), p = s / sum s."""
-        B, E, k = ctx.batch, scores_TE.shape[-1], self.topk
-        p = scores_TE / scores_TE.sum(-1, keepdim=True)
-        with torch.no_grad():
-            hits_BE = self._tally(p.topk(k, sorted=False).indices, ctx, E)
-            counts_E = self._tally(expert_Tk, ctx, E).sum(0)
-        p_BLE = p.unflatten(0, (B, -1))
-        n_B = p.new_full((B,), ctx.length)
-        if ctx.count_BL is not None:
-            p_BLE = p_BLE * ctx.count_BL[..., None]
-            n_B = ctx.count_BL.sum(-1).to(p.dtype).clamp(min=1)
-        aux_B = (hits_BE.to(p.dtype) * p_BLE.sum(1)).sum(-1) * (E / k) / n_B.square()
-        return RouterStats(counts_E, aux_B.sum())
-
-    @staticmethod
-    def _tally(expert_Tk: Tensor, ctx: Context, n_experts: int) -> Tensor:
-        """How often each row's counted tokens chose each expert, [B, E] int64."""
-        chosen = expert_Tk.view(ctx.batch, -1)
-        ones = torch.ones_like(chosen)
-        if ctx.count_BL is not None:
-            ones = ctx.count_BL[..., None].expand(-1, -1, expert_Tk.shape[-1]).reshape(ctx.batch, -1).to(chosen.dtype)
-        return chosen.new_zeros(ctx.batch, n_experts).scatter_add_(1, chosen, ones)
 
 
 class MLP(nn.Module):

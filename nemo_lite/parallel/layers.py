@@ -17,7 +17,7 @@ import torch
 from nemo_lite_kernels import Ops, select
 from torch import Tensor, nn
 
-from nemo_lite.precision.linear import Matmul, dense
+from nemo_lite.precision.linear import Matmul
 from nemo_lite.train.loss import cross_entropy_chunked
 
 
@@ -47,10 +47,11 @@ class Embedding(nn.Module):
 class Head(nn.Module):
     """The output projection W [V, H]: logits, or the loss over them in chunks of tokens."""
 
-    def __init__(self, hidden_size: int, vocab_size: int, matmul: Matmul, chunk: int = 512):
+    def __init__(self, hidden_size: int, vocab_size: int, matmul: Matmul, ops: Ops, chunk: int = 512):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.matmul, self.chunk = matmul, chunk
+        self.loss_ops = ops.nll_and_gradient, ops.weight_gradient
 
     def forward(self, h_TH: Tensor, labels_T: Tensor | None = None, weights_T: Tensor | None = None):
         """Logits [T, V]; or, with labels (-100: none) and a weight per token, (sum of weight x nll, nll [T] detached).
@@ -59,7 +60,7 @@ class Head(nn.Module):
         """
         if labels_T is None:
             return self.matmul(h_TH, self.weight)
-        return cross_entropy_chunked(h_TH, self.weight, labels_T, weights_T, self.chunk)
+        return cross_entropy_chunked(h_TH, self.weight, labels_T, weights_T, self.chunk, *self.loss_ops)
 
     def logits(self, h_TH: Tensor) -> Tensor:
         """Logits [T, V]."""
@@ -97,14 +98,14 @@ class GatedNorm(nn.Module):
 class Experts(nn.Module):
     """Routed experts: up [E, F, L], down [E, L, F], squared ReLU between."""
 
-    def __init__(self, n_experts: int, size: int, inner: int, op: Callable):
+    def __init__(self, n_experts: int, size: int, inner: int, ops: Ops):
         super().__init__()
         self.up = nn.Parameter(torch.empty(n_experts, inner, size))
         self.down = nn.Parameter(torch.empty(n_experts, size, inner))
-        self.op = op
+        self.op, self.unpack = ops.experts, ops.unpack
 
     def forward(self, x_TL: Tensor, expert_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
-        return self.op(x_TL, expert_Tk, weight_Tk, self.up, self.down)
+        return self.op(x_TL, expert_Tk, weight_Tk, self.unpack(self.up, x_TL.dtype), self.unpack(self.down, x_TL.dtype))
 
 
 class Layers:
@@ -114,10 +115,10 @@ class Layers:
         self,
         device: str | torch.device = "cpu",
         kernels: Mapping[str, str] | None = None,
-        matmul_for: Callable[[str], Matmul] = lambda name: dense,
+        matmul_for: Callable[[str], Matmul] | None = None,
     ):
         self.ops: Ops = select(device, kernels)
-        self.matmul_for = matmul_for
+        self.matmul_for = matmul_for or (lambda name: self.ops.linear)
 
     def linear(self, name: str, n_in: int, n_out: int) -> nn.Module:
         """A linear that is whole on every rank."""
@@ -135,7 +136,7 @@ class Layers:
         return Embedding(vocab_size, hidden_size)
 
     def head(self, name: str, hidden_size: int, vocab_size: int) -> Head:
-        return Head(hidden_size, vocab_size, self.matmul_for(name))
+        return Head(hidden_size, vocab_size, self.matmul_for(name), self.ops)
 
     def norm(self, name: str, size: int, eps: float) -> nn.Module:
         return Norm(size, eps, self.ops.rms_norm)
@@ -145,7 +146,7 @@ class Layers:
         return GatedNorm(self.local(size), self.local(groups), eps, self.ops.gated_norm)
 
     def experts(self, name: str, n_experts: int, size: int, inner: int) -> nn.Module:
-        return Experts(n_experts, size, inner, self.ops.experts)
+        return Experts(n_experts, size, inner, self.ops)
 
     def channels(self, name: str, *segments: int, width: int | None = None) -> nn.Parameter:
         """A parameter [n] or [n, width] per head or channel, n = this rank's share of the sum of `segments`."""

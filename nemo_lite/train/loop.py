@@ -31,7 +31,7 @@ from nemo_lite.parallel.native import start as start_world
 from nemo_lite.train.checkpoint import Checkpointer, checkpoints, newest_whole, read_state
 from nemo_lite.train.loss import label_counts
 from nemo_lite.train.metrics import Metrics, environment, load_summary, memory_gb, peak_flops
-from nemo_lite.train.optim import build_optimizer, clip_, update_router_biases
+from nemo_lite.train.optim import build_optimizer, clipped_step, update_router_biases
 from nemo_lite.train.schedule import learning_rate
 
 
@@ -185,7 +185,10 @@ def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
 
 def build_model(recipe: Recipe, world: World, fresh: bool = True) -> HybridLM:
     """The recipe's model, sharded over the ranks, with initial weights (or init_from's) unless they come later."""
-    layers = Layers(world.device, vars(recipe.kernels))
+    try:
+        layers = Layers(world.device, vars(recipe.kernels))
+    except ValueError as error:
+        raise UserError(str(error)) from error
     model = HybridLM(recipe.model, device="meta", layers=layers)
     if recipe.train.dtype == "float64":
         model = model.double()
@@ -245,10 +248,9 @@ def train_step(
     finite = math.isfinite(norm) and all(math.isfinite(x) for x in losses)
     experts = dict(zip(names, sums[depth + 2 : -1].split(model.config.n_routed_experts))) if names else {}
     if finite:
-        clip_(parameters, norm, recipe.optim.clip_grad)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.step()
+        clipped_step(optimizer, parameters, norm, recipe.optim.clip_grad)
         update_router_biases(model, experts)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(losses, float(sums[depth + 1]), norm, finite, bool(sums[-1] > 0), experts)

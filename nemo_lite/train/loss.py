@@ -5,8 +5,11 @@ target. What position t predicts is found by shifting here: the main head predic
 never across a document's end.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from nemo_lite_kernels import loss as reference
 from torch import Tensor
 
 IGNORE = -100
@@ -34,19 +37,28 @@ def label_counts(labels_BL: Tensor, doc_ids_BL: Tensor | None, depth: int) -> Te
 
 
 def cross_entropy_chunked(
-    h_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, weights_T: Tensor, chunk: int
+    h_TH: Tensor,
+    weight_VH: Tensor,
+    labels_T: Tensor,
+    weights_T: Tensor,
+    chunk: int,
+    nll_and_gradient: Callable = reference.nll_and_gradient,
+    weight_gradient: Callable = reference.weight_gradient,
 ) -> tuple[Tensor, Tensor]:
     """(sum_t weights_t * nll_t, nll [T] detached; 0 where the label is -100), without ever holding T x V logits.
 
     The gradient is formed chunk by chunk in the forward pass, while the chunk's logits are there, and scaled in the
-    backward pass; so nothing is computed twice.
+    backward pass; so nothing is computed twice. The two functions are the backend's.
     """
-    return _ChunkedCrossEntropy.apply(h_TH, weight_VH, labels_T, weights_T, chunk, torch.is_grad_enabled())
+    training = torch.is_grad_enabled()
+    return _ChunkedCrossEntropy.apply(
+        h_TH, weight_VH, labels_T, weights_T, chunk, training, nll_and_gradient, weight_gradient
+    )
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_TH, weight_VH, labels_T, weights_T, chunk, training):
+    def forward(ctx, h_TH, weight_VH, labels_T, weights_T, chunk, training, nll_and_gradient, weight_gradient):
         dtype = torch.promote_types(h_TH.dtype, torch.float32)
         keep_T = (labels_T != IGNORE).nonzero().squeeze(-1)  # masked positions cost nothing
         weight = weight_VH.to(h_TH.dtype)
@@ -55,18 +67,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dh = torch.zeros_like(h_TH) if need_h else None
         dw = None
         for rows in keep_T.split(chunk):
-            h, labels = h_TH[rows], labels_T[rows]
-            logp = (h @ weight.T).to(dtype).log_softmax(-1)
-            nll_T[rows] = -logp.gather(-1, labels[:, None]).squeeze(-1)
-            if need_h or need_w:
-                dlogits = logp.exp_()
-                dlogits.scatter_add_(-1, labels[:, None], dlogits.new_full((len(rows), 1), -1.0))
-                dlogits = dlogits.mul_(weights_T[rows, None].to(dtype)).to(h.dtype)
-                if dh is not None:
-                    dh[rows] = dlogits @ weight
-                if need_w:
-                    part = dlogits.T @ h
-                    dw = part.to(dtype) if dw is None else dw.add_(part)
+            h = h_TH[rows]
+            nll_T[rows], dlogits = nll_and_gradient(h @ weight.T, labels_T[rows], weights_T[rows], need_h or need_w)
+            if dh is not None:
+                dh[rows] = dlogits @ weight
+            if need_w:
+                dw = weight_gradient(dlogits, h, dtype, dw)
         if need_w and dw is None:
             dw = torch.zeros_like(weight_VH, dtype=dtype)
         ctx.save_for_backward(dh, dw)
@@ -80,5 +86,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (
             None if dh is None else (dh * dloss).to(dh.dtype),
             None if dw is None else (dw * dloss).to(ctx.dtypes),
-            None, None, None, None,
-        )  # fmt: skip
+            *(None,) * 6,
+        )

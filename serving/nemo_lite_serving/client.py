@@ -456,16 +456,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", help="(default: the first that the server names)")
     parser.add_argument("--api-key", metavar="KEY", help="of the server (default: $NEMO_LITE_API_KEY)")
     parser.add_argument("--speculative", choices=["mtp"], help="MODEL_DIR: draft with the model's own MTP block")
+    parser.add_argument("--quantization", choices=["int8", "int4"], help="MODEL_DIR: pack weights as they are read")
+    parser.add_argument("--kernels", metavar="OP=NAME[,...]", help="MODEL_DIR: backends of ops (nemo-lite kernels)")
     args = parser.parse_args(argv)
     terminal = sys.stdin.isatty()
     key = args.api_key or os.environ.get("NEMO_LITE_API_KEY")
     with contextlib.ExitStack() as stack:
         if re.match(r"https?://", args.target):
-            if args.speculative:
-                parser.error("--speculative is for a MODEL_DIR; a server has its own")
+            for flag in ("speculative", "quantization", "kernels"):
+                if getattr(args, flag):
+                    parser.error(f"--{flag} is for a MODEL_DIR; a server has its own")
             url = args.target
         elif Path(args.target).is_dir():
             arguments = ["--speculative", args.speculative] if args.speculative else []
+            for flag in ("quantization", "kernels"):
+                value = getattr(args, flag)
+                arguments += [f"--{flag}", value] if value else []
             for hangup in (signal.SIGHUP, signal.SIGTERM):  # the server has a session of its own: it ends through us
                 signal.signal(hangup, lambda number, _: sys.exit(128 + number))
             notes = sys.stderr if terminal else stack.enter_context(tempfile.TemporaryFile("w"))

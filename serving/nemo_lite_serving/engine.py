@@ -28,11 +28,16 @@ MAX_DRAFTS = 4  # of --draft-tokens auto
 def build(options: EngineOptions) -> Engine:
     """Load a MODEL_DIR and its tokenizer, and allocate the cache. Raises UserError in one sentence."""
     from nemo_lite.data.tokenizer import load_tokenizer
+    from nemo_lite.kernels import wanted
     from nemo_lite.model.hybrid import HybridLM
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    model = HybridLM.from_pretrained(options.model_dir, dtype=options.dtype, device=options.device)
+    kernels = wanted(options.kernels, options.device)
+    model = HybridLM.from_pretrained(
+        options.model_dir, dtype=options.dtype, device=options.device, kernels=kernels,
+        quantization=options.quantization,
+    )  # fmt: skip
     return Engine(model, options, load_tokenizer(options.model_dir))
 
 

@@ -117,6 +117,8 @@ class EngineInfo:
 class EngineOptions:
     """How the engine runs; the names are vLLM's where it has one.
 
+    quantization      int8 or int4: weights are packed as they are read
+    kernels           backends of ops, as op=name[,op=name]
     memory_gib        for KV blocks and Mamba states; None takes what full use needs, at most half of what is free
     draft_tokens      drafts a step, or "auto": adapted to each request's acceptance and to the load
     mamba_cache_dtype of the SSM state: float32, bfloat16 or float16 (with stochastic rounding)
@@ -126,6 +128,8 @@ class EngineOptions:
     dtype: str | None = None
     device: str = "cpu"
     threads: int | None = None
+    quantization: str | None = None
+    kernels: str | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
     max_model_len: int | None = None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Rows
+from functools import cached_property
 
 import torch
 from nemo_lite_kernels.quant import stochastic_round
@@ -72,6 +73,17 @@ class Pool:
         self.trunk, self.trunk_mamba = allocate(config.layers)
         self.mtp, self.mtp_mamba = allocate(config.mtp_layers if mtp else "")
         self.mtp_stateful = len(self.mtp_mamba[0]) > 0
+        self._lanes: dict = {}
+
+    def pages(self, layers) -> bool:
+        """Whether these layers have keys and values."""
+        return any(letter == patterns.ATTENTION for letter, *_ in layers)
+
+    def lane_cache(self, step, layers):
+        """The tensors of the trunk's or the MTP block's layers as the fused step takes them."""
+        if id(layers) not in self._lanes:
+            self._lanes[id(layers)] = step.cache([a for _, a, _, _ in layers], [b for _, _, b, _ in layers])
+        return self._lanes[id(layers)]
 
     @staticmethod
     def sizes(
@@ -114,47 +126,93 @@ class Part:
         self, pool: Pool, layers, seqs: Rows[Sequence], starts: list[int], length: int, *,
         first: int = 0, tentative: bool = False, save_slot: int | None = None,
     ):  # fmt: skip
-        self.pool, self.seqs, self.save_slot = pool, seqs, save_slot
-        B, device = len(seqs), pool.device
-        slots: list[int] = [seq.slot for seq in seqs]  # type: ignore[misc]
-        # Neighbouring slots are a view; else they are gathered and scattered.
-        self.slot = slots[0] if B == 1 or slots == list(range(slots[0], slots[0] + B)) else None
-        self.slots_B = torch.tensor(slots, device=device) if self.slot is None else None
+        self.pool, self.layers, self.seqs, self.save_slot = pool, layers, seqs, save_slot
         self.starts, self.length, self.first = starts, length, first
         self.end = max(starts) + length + first
-        self.place = self.table_BN = self.places_T = None
-        if any(letter == patterns.ATTENTION for letter, *_ in layers):
-            if B == 1 and seqs[0].contiguous:
-                self.place = seqs[0].blocks[0] * pool.block_size
-            else:
-                n = -(-self.end // pool.block_size)
-                # Shorter rows are filled with a block of their own: what is masked must still be finite.
-                rows = [seq.blocks[:n] + seq.blocks[-1:] * (n - len(seq.blocks)) for seq in seqs]
-                self.table_BN = torch.tensor(rows, device=device)
-                position_BL = torch.tensor(starts, device=device)[:, None] + torch.arange(
-                    first, first + length, device=device
-                )
-                block_BL = self.table_BN.gather(1, position_BL // pool.block_size)
-                self.places_T = (block_BL * pool.block_size + position_BL % pool.block_size).flatten()
-        self.states = [
+        B = len(seqs)
+        # Neighbouring slots are a view; else they are gathered and scattered.
+        self.slots: list[int] = [seq.slot for seq in seqs]  # type: ignore[misc]
+        neighbours = B == 1 or self.slots == list(range(self.slots[0], self.slots[0] + B))
+        self.slot = self.slots[0] if neighbours else None
+        self._offered = self._lane = None  # to a fused step; and once it has run
+        self.ctx = Context(B, length, stream=self, starts=starts, counts=[length] * B, tentative=tentative)  # type: ignore[arg-type]
+
+    def _table(self) -> tuple[list[int], int]:
+        """The blocks of each row, row after row, and how many a row has."""
+        n = -(-self.end // self.pool.block_size)
+        # Shorter rows are filled with a block of their own: what is masked must still be finite.
+        return [b for seq in self.seqs for b in (*seq.blocks[:n], *seq.blocks[-1:] * (n - len(seq.blocks)))], n
+
+    # What the layers use when they run one after the other; the fused step never asks for these.
+
+    @cached_property
+    def slots_B(self) -> Tensor:
+        return torch.tensor(self.slots, device=self.pool.device)
+
+    @cached_property
+    def place(self) -> int | None:
+        """The first place of a single row whose blocks lie side by side."""
+        seq = self.seqs[0]
+        return seq.blocks[0] * self.pool.block_size if len(self.seqs) == 1 and seq.contiguous else None
+
+    @cached_property
+    def table_BN(self) -> Tensor:
+        blocks, n = self._table()
+        return torch.tensor(blocks, device=self.pool.device).view(-1, n)
+
+    @cached_property
+    def places_T(self) -> Tensor:
+        device, size = self.pool.device, self.pool.block_size
+        columns = torch.arange(self.first, self.first + self.length, device=device)
+        position_BL = torch.tensor(self.starts, device=device)[:, None] + columns
+        block_BL = self.table_BN.gather(1, position_BL // size)
+        return (block_BL * size + position_BL % size).flatten()
+
+    @cached_property
+    def states(self) -> list:
+        return [
             PagedMamba(self, i, a, b) if letter == patterns.MAMBA
             else PagedKV(self, a, b) if letter == patterns.ATTENTION
             else _NOTHING
-            for letter, a, b, i in layers
+            for letter, a, b, i in self.layers
         ]  # fmt: skip
-        self.ctx = Context(B, length, stream=self, starts=starts, counts=[length] * B, tentative=tentative)  # type: ignore[arg-type]
+
+    def lane(self, step, ctx: Context, dtype: torch.dtype):
+        """This part as the fused step reads it, or None where it cannot: states narrower than float32, or one to be
+        saved."""
+        pool = self.pool
+        if pool.trunk_mamba[1].dtype != torch.float32 or self.save_slot is not None or pool.dtype != dtype:
+            return None
+        cache = pool.lane_cache(step, self.layers)
+        tokens = ctx.batch * ctx.length
+        held = torch.empty(step.held_size(tokens), dtype=torch.float32) if ctx.tentative else None
+        blocks = self._table()[0] if pool.pages(self.layers) else self.slots
+        plan = step.part(
+            rows=ctx.batch, length=ctx.length, tentative=ctx.tentative, starts=self.starts, slots=self.slots,
+            table=blocks, block_size=pool.block_size, inputs=cache, outputs=cache, held=held, first=self.first,
+        )  # fmt: skip
+        self._offered = (plan, step, dtype)
+        return plan
+
+    def stepped(self, ctx: Context) -> None:
+        """The fused step has run: the pool holds the states already."""
+        self._lane = self._offered
 
     def write(self, tensor: Tensor, rows: Tensor, dim: int = 0) -> None:
         """Write the rows' slots, which are dimension `dim` of the tensor."""
         if self.slot is not None:
             tensor.narrow(dim, self.slot, len(self.seqs)).copy_(rows)
         else:
-            tensor.index_copy_(dim, self.slots_B, rows.to(tensor.dtype))  # type: ignore[arg-type]
+            tensor.index_copy_(dim, self.slots_B, rows.to(tensor.dtype))
         if self.save_slot is not None:
             tensor.select(dim, self.save_slot).copy_(rows.select(dim, 0))
 
     def keep(self, counts: list[int]) -> None:
         """Take in the first counts[b] >= 1 tokens of this part, which was tentative: all its Mamba layers at once."""
+        if self._lane is not None:
+            plan, step, dtype = self._lane
+            step.advance(plan, counts, dtype)
+            return
         held = [state.held for state in self.states if isinstance(state, PagedMamba)]
         if not held:
             return
@@ -207,11 +265,11 @@ class PagedMamba:
 
     @property
     def window(self) -> Tensor:
-        return self.live[0] if self.live is not None else self.windows.index_select(0, self.part.slots_B)  # type: ignore[arg-type]
+        return self.live[0] if self.live is not None else self.windows.index_select(0, self.part.slots_B)
 
     @property
     def state(self) -> Tensor:
-        found = self.live[1] if self.live is not None else self.states.index_select(0, self.part.slots_B)  # type: ignore[arg-type]
+        found = self.live[1] if self.live is not None else self.states.index_select(0, self.part.slots_B)
         return found.to(self.part.pool.compute_dtype)
 
     def advance(self, x_BLC: Tensor, state: Tensor, ctx: Context) -> None:
@@ -246,7 +304,6 @@ class PagedKV:
             low, high = part.place + part.first, part.place + part.end
             flat[high - part.length : high] = new_BLKD[0]
             return flat[low:high][None]
-        assert part.places_T is not None and part.table_BN is not None
         flat.index_copy_(0, part.places_T, new_BLKD.flatten(0, 1))
         B, N = part.table_BN.shape
         everything = pool.index_select(0, part.table_BN.flatten()).view(B, N * pool.shape[1], *pool.shape[2:])

@@ -69,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["float32", "bfloat16", "float64"], help="number format (default: as stored)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--threads", type=_positive, metavar="N", help="torch threads (default: torch's choice)")
+    add("--quantization", choices=["int8", "int4"], help="pack weights as they are read (default: no)")
+    add("--kernels", metavar="OP=NAME[,...]", help="backends of ops (default: auto; nemo-lite kernels lists them)")
 
     add = parser.add_argument_group("memory and batching").add_argument
     add("--max-model-len", type=_positive, metavar="N", help="tokens a sequence at most (default: the model's)")
@@ -196,6 +198,8 @@ def _options(args: argparse.Namespace) -> EngineOptions:
         dtype=args.dtype,
         device=args.device,
         threads=args.threads,
+        quantization=args.quantization,
+        kernels=args.kernels,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_model_len=args.max_model_len,

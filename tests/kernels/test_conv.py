@@ -1,13 +1,13 @@
-"""The causal convolution: every backend against the equation, documents and the carried window included."""
+"""The causal convolution: torch's backends against the equation, documents and the carried window included."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from nemo_lite_kernels import OPS
+from nemo_lite_kernels import OPS, load
 from nemo_lite_kernels.conv import causal_conv
 from tiny import TOLERANCE, assert_close
 
-BACKENDS = [(name, backend.functions["causal_conv"]) for name, backend in OPS["conv"].items()]
+BACKENDS = [(n, load(b.functions["causal_conv"])) for n, b in OPS["conv"].items() if b.missing is None]
 
 
 def equation(x, weight, bias, reset=None, window=None):

@@ -195,6 +195,86 @@ def test_lower_precision_differs_only_where_tokens_tie(dtype, tolerance, share):
     assert count <= share * total
 
 
+# ---------------------------------------------------------------- few tokens in one call of the CPU kernels (step.cpp)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The tokens of every fused step."""
+    from nemo_lite_kernels import cpu
+
+    if cpu.reason() is not None:
+        pytest.skip(str(cpu.reason()))
+    from nemo_lite_kernels.cpu.step import Step
+
+    seen, run_step = [], Step.run
+
+    def counted(self, x_TH, *args):
+        seen.append(len(x_TH))
+        return run_step(self, x_TH, *args)
+
+    monkeypatch.setattr(Step, "run", counted)
+    return seen
+
+
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "moe_latent_size": 32}
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, "int8", "int4"], ids=str)
+@pytest.mark.parametrize("pattern", [("MEM*E", "*E"), ("MM", "M"), ("M*-", "M*")], ids=str)
+def test_fused_steps_give_the_tokens_of_generate(weights, pattern, fused):
+    """All tokens go through fused steps, whose bits do not depend on the schedule: no ties, in no precision."""
+    packed = isinstance(weights, str)
+    model = tiny_model(tiny_config(*pattern, **WIDE), dtype=torch.float32 if packed else weights)
+    if packed:
+        model.quantize_weights(weights)
+    draw, wanted, requests = random.Random(1), {}, []
+    for i in range(8):
+        prompt = random_ids(model.config, draw.randint(1, 30), seed=i % 5).tolist()
+        sampling = SAMPLINGS[i % len(SAMPLINGS)]
+        options = {k: v for k, v in vars(sampling).items() if k != "seed"}
+        requests.append(Request(str(i), prompt, sampling, 20))
+        found = generate(model, torch.tensor([prompt]), max_tokens=20, seed=sampling.seed, **options)
+        wanted[str(i)] = found.tokens[0]
+    for block_size, batched, tight in ((16, 32, None), (4, 5, 1.2), (1, 16, None)):
+        for speculative in (False, True):
+            fused.clear()
+            options = {"block_size": block_size, "max_num_batched_tokens": batched, "speculative": speculative}
+            # Where a snapshot is kept, the layers run one after the other.
+            engine = engine_for(model, tight=tight, prefix_caching=False, **options)
+            tokens = run(engine, requests, sorted(draw.randrange(12) for _ in requests))
+            assert fused and max(fused) <= 32
+            assert tokens == wanted, (block_size, speculative)
+
+
+@pytest.mark.parametrize("block_size", [16, 4])
+def test_fused_steps_behind_long_prompts(block_size, fused):
+    """Over the pieces of 256 keys that attention takes at a time, and over blocks that lie apart."""
+    model = tiny_model(tiny_config("M*E*", "*"))
+    plain = HybridLM(model.config, kernels={"step": "layers"}).eval()
+    plain.load_state_dict(model.state_dict())
+    prompts = [random_ids(model.config, n, seed=n).tolist() for n in (250, 509, 3)]
+    requests = [Request(str(i), p, max_tokens=24) for i, p in enumerate(prompts)]
+    engine = engine_for(model, block_size=block_size, max_model_len=560, max_num_batched_tokens=64, speculative=True)
+    tokens = run(engine, requests)
+    assert fused
+    for i, prompt in enumerate(prompts):
+        assert len(tokens[str(i)]) == 24
+        ties(plain, prompt, tokens[str(i)], 1e-4)
+
+
+@pytest.mark.parametrize("state", ["float32", "bfloat16", "float16"])
+def test_narrow_states_do_not_take_the_fused_step(state, fused):
+    model = tiny_model(tiny_config("M*M", "M"))
+    plain = HybridLM(model.config, kernels={"step": "layers"}).eval()
+    plain.load_state_dict(model.state_dict())
+    prompts = [random_ids(model.config, n, seed=n).tolist() for n in (3, 9, 20)]
+    requests = [Request(str(i), p, max_tokens=12) for i, p in enumerate(prompts)]
+    found = [run(engine_for(m, mamba_cache_dtype=state, speculative=True), requests) for m in (model, plain)]
+    assert bool(fused) == (state == "float32")
+    assert found[0] == found[1]
+
+
 # ------------------------------------------------------------------------------------------------------- prefix cache
 
 

@@ -200,7 +200,7 @@ def test_help_groups_every_flag_with_its_default(capsys):
     for group in ("engine:", "memory and batching:", "answers:", "network:", "limits:"):
         assert f"\n{group}\n" in text
     flags = [action for action in serve._parser()._actions if action.option_strings and action.dest != "help"]
-    assert len(flags) == 29
+    assert len(flags) == 31
     for action in flags:
         assert "default:" in action.help, action.option_strings
 
