@@ -716,8 +716,8 @@ def show() -> None:
         verdict = ("met" if good else "not met") + (f" ({', '.join(marks)})" if marks else "")
         print(f"{start}{ours['tokens_per_second']:>9.1f}  {middle}  {verdict}")
     print(
-        f"{met} of {len(bar())} as fast as asked, in quiet: so many times the better peer's speed; verifying {VERIFIED} "
-        f"tokens for at most {VERIFY_AT_MOST:g} steps"
+        f"{met} of {len(bar())} as fast as asked, in quiet: so many times the better peer's speed; verifying "
+        f"{VERIFIED} tokens for at most {VERIFY_AT_MOST:g} steps"
     )
 
 

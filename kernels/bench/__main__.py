@@ -198,12 +198,12 @@ def share(case: Case, seconds: float, limits: dict[str, Any]) -> dict[str, Any]:
 
 
 def available(device: str) -> float:
-    """Bytes of memory that may be used: a third of what is free now."""
+    """Bytes of memory that may be used: a share of what is free now."""
     if device == "cuda":
         return 0.8 * torch.cuda.mem_get_info()[0]
     import psutil  # pyright: ignore[reportMissingModuleSource]
 
-    return psutil.virtual_memory().available / 3
+    return psutil.virtual_memory().available * 0.45
 
 
 def functions(case: Case, device: str) -> Iterator[tuple[str, Callable]]:

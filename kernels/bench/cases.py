@@ -331,8 +331,10 @@ def memory(case: Case, backend: str) -> float:
         total += 4.0 * states * z.inner * z.N * (5 if case.train else 2)
     elif case.op == "attention" and backend == "reference":
         total += z.A * T * T * (28.0 if case.train else 16.0)
-    elif case.op == "experts":
-        total += 4.0 * 2 * z.E * z.expert_inner * z.expert_width * (4 if case.train else 1 / 2)
+    elif case.op == "experts":  # weights, and in training their gradients and the casts of both
+        stacks = 2.0 * z.E * z.expert_inner * z.expert_width
+        width = 14 if case.train else 2 if case.dtype == "bfloat16" else 4
+        total = width * stacks + 12.0 * T * z.k * (z.expert_inner + z.expert_width)
     elif case.op == "loss":
         total += 12.0 * T * z.V
     elif case.dtype in PACKED:
