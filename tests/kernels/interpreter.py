@@ -1,6 +1,7 @@
 """Triton kernels for tests: compiled where there is a CUDA device, interpreted on the CPU where there is none.
 
-Triton chooses when it is imported: tests/conftest.py asks for the interpreter before that. The interpreter computes bfloat16 wrongly: on the CPU only float32 is tested.
+Triton chooses when it is imported: tests/conftest.py asks for the interpreter before that. The interpreter computes
+bfloat16 wrongly: on the CPU only float32 is tested.
 """
 
 import importlib
