@@ -142,17 +142,13 @@ def random_ids(vocabulary: int, batch: int, length: int):
 
 
 def open_ours(job: Job):
-    """A HybridLM in a row's format; SystemExit with the reason where it has none."""
+    """A HybridLM in a row's format."""
     from nemo_lite import HybridLM
 
     dtype = "bfloat16" if job.dtype == "bf16" and job.work != "train" else "float32"
     folder = model_dir(job.config, "bf16" if dtype == "bfloat16" else "fp32")
-    model = HybridLM.from_pretrained(folder, dtype=dtype)
-    if job.dtype in ("int8", "int4"):
-        if not hasattr(model, "quantize_weights"):
-            raise SystemExit("HybridLM has no quantize_weights")
-        model.quantize_weights(job.dtype)
-    return model
+    quantization = job.dtype if job.dtype in ("int8", "int4") else None
+    return HybridLM.from_pretrained(folder, dtype=dtype, quantization=quantization)
 
 
 def open_transformers(job: Job, setting: str):

@@ -50,6 +50,8 @@ class MambaState:
         self._state: Tensor | None = None
         self._held: tuple[Tensor, Replay] | None = None  # of the last forward, if it was tentative
         self._keep: list[int] | None = None  # how many of its tokens count, as long as nobody has asked for the result
+        self._spare: tuple[Tensor, Tensor] | None = None
+        self._shared = False  # whether a snapshot holds window and state too
         self.later: Callable[[list[int]], None] | None = None  # after a fused step: takes them in, for all layers
 
     @property
@@ -81,9 +83,11 @@ class MambaState:
         """As `hold`, where `later` knows how to take the tokens in."""
         self._held, self._keep, self.later = None, counts, later
 
-    def become(self, window: Tensor, state: Tensor) -> None:
+    def become(self, window: Tensor | None, state: Tensor | None) -> None:
         """Window and state after the tokens so far."""
-        self._window, self._state = window, state
+        if self._window is not None and self._state is not None and not self._shared:
+            self._spare = (self._window, self._state)
+        self._window, self._state, self._shared = window, state, False
         self._held = self._keep = self.later = None
 
     def _settle(self) -> None:
@@ -111,10 +115,25 @@ class MambaState:
         return extended[torch.arange(len(counts), device=device)[:, None], columns]
 
     def snapshot(self):
-        return self.window, self.state
+        saved = self.window, self.state
+        self._shared = True
+        return saved
 
     def restore(self, saved) -> None:
         self.become(*saved)
+        self._shared = True
+
+    def spare(self) -> tuple[Tensor, Tensor] | None:
+        """An earlier window and state that no snapshot holds, to be written over: fresh memory costs page faults."""
+        window, state = self._window, self._state
+        spare, self._spare = self._spare, None
+        if spare is None or window is None or state is None:
+            return None
+        same = all(
+            old.shape == new.shape and old.dtype == new.dtype and old.is_contiguous()
+            for old, new in zip(spare, (window, state))
+        )
+        return spare if same else None
 
 
 class KVState:
@@ -281,7 +300,7 @@ class Lane:
     def _outputs(self):
         a, b = list(self.a), list(self.b)
         for i in self.mamba:
-            a[i], b[i] = torch.empty_like(a[i]), torch.empty_like(b[i])
+            a[i], b[i] = self.stream.states[i].spare() or (torch.empty_like(a[i]), torch.empty_like(b[i]))
         return self.step.cache(a, b)
 
     def stepped(self, ctx: Context) -> None:

@@ -96,8 +96,9 @@ constexpr int TILE_ROWS = W == 16 ? 4 : 2;  // weight rows at once
 constexpr int TILE_TOKENS = 6;
 constexpr int PANEL = 16;
 
-// Asks for what is read some time after p.
-INLINE void fetch(const void* p) { __builtin_prefetch((const char*)p + 1024, 0, 3); }
+// Weights come from memory in one long stream. The hardware's prefetching ends at every page; this does not.
+constexpr int64_t AHEAD = 4096;
+INLINE void fetch(const void* p, int64_t ahead = AHEAD) { __builtin_prefetch((const char*)p + ahead, 0, 3); }
 
 #if defined(__AVX512F__)
 // The sums of four vectors, side by side.
@@ -123,7 +124,7 @@ template <int R> INLINE void sums(const vf* v, float* out) {
 
 // R rows of the weight times M rows of x, over K.
 template <int R, int M, typename T>
-INLINE void block(const float* const* x, const T* w, int64_t ldw, int64_t K, float (*out)[R]) {
+INLINE void block(const float* const* x, const T* w, int64_t ldw, int64_t K, float (*out)[R], int64_t ahead = AHEAD) {
   vf acc[M][R];
   for (int m = 0; m < M; m++)
     for (int r = 0; r < R; r++) acc[m][r] = zero();
@@ -133,7 +134,7 @@ INLINE void block(const float* const* x, const T* w, int64_t ldw, int64_t K, flo
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
       v[r] = load(w + r * ldw + k);
-      fetch(w + r * ldw + k);
+      fetch(w + r * ldw + k, ahead);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
@@ -158,7 +159,7 @@ INLINE __m512bh load32(const bf16* p, int64_t n) {
 }
 
 template <int R, int M>
-INLINE void block(const bf16* const* x, const bf16* w, int64_t ldw, int64_t K, float (*out)[R]) {
+INLINE void block(const bf16* const* x, const bf16* w, int64_t ldw, int64_t K, float (*out)[R], int64_t ahead = AHEAD) {
   vf acc[M][R];
   for (int m = 0; m < M; m++)
     for (int r = 0; r < R; r++) acc[m][r] = zero();
@@ -179,16 +180,16 @@ INLINE void block(const bf16* const* x, const bf16* w, int64_t ldw, int64_t K, f
 
 // out(m, row, values, n): n outputs from `row` on of the m-th of the given rows.
 template <typename X, typename T, int M, typename Out>
-INLINE void dense_tile(const X* const* x, const T* w, int64_t K, int64_t first, int64_t last, Out out) {
+INLINE void dense_tile(const X* const* x, const T* w, int64_t K, int64_t first, int64_t last, int64_t ahead, Out out) {
   int64_t row = first;
   for (; row + TILE_ROWS <= last; row += TILE_ROWS) {
     float y[M][TILE_ROWS];
-    block<TILE_ROWS, M>(x, w + row * K, K, K, y);
+    block<TILE_ROWS, M>(x, w + row * K, K, K, y, ahead);
     for (int m = 0; m < M; m++) out(m, row, y[m], TILE_ROWS);
   }
   for (; row < last; row++) {
     float y[M][1];
-    block<1, M>(x, w + row * K, K, K, y);
+    block<1, M>(x, w + row * K, K, K, y, ahead);
     for (int m = 0; m < M; m++) out(m, row, y[m], 1);
   }
 }
@@ -288,20 +289,20 @@ INLINE void panel_tile(const Weight& w, int64_t panel, const int8_t* const* q, c
 #endif
 
 template <int M, typename Out>
-INLINE void tile(const Weight& w, const Rows& in, const int32_t* token, int64_t first, int64_t last, Out out) {
+INLINE void tile(const Weight& w, const Rows& in, const int32_t* token, int64_t first, int64_t last, int64_t ahead, Out out) {
 #if defined(__AVX512BF16__)
   if (w.kind == BFLOAT16) {
     const bf16* x[M];
     for (int m = 0; m < M; m++) x[m] = in.h + token[m] * in.width;
-    dense_tile<bf16, bf16, M>(x, (const bf16*)w.data, w.cols, first, last, out);
+    dense_tile<bf16, bf16, M>(x, (const bf16*)w.data, w.cols, first, last, ahead, out);
     return;
   }
 #endif
   if (!w.packed()) {
     const float* x[M];
     for (int m = 0; m < M; m++) x[m] = in.x + token[m] * in.width;
-    if (w.kind == FLOAT32) dense_tile<float, float, M>(x, (const float*)w.data, w.cols, first, last, out);
-    else dense_tile<float, bf16, M>(x, (const bf16*)w.data, w.cols, first, last, out);
+    if (w.kind == FLOAT32) dense_tile<float, float, M>(x, (const float*)w.data, w.cols, first, last, ahead, out);
+    else dense_tile<float, bf16, M>(x, (const bf16*)w.data, w.cols, first, last, ahead, out);
     return;
   }
   const int8_t* q[M];
@@ -380,18 +381,20 @@ INLINE void product(const Weight& w, const Rows& in, const int32_t* token, int64
 #endif
   // A stripe of weight rows stays in the first-level cache while all tokens pass.
   const int64_t stripe = count > TILE_TOKENS ? 16 : last - first;
+  // In the meantime the next one is fetched.
+  const int64_t ahead = count > TILE_TOKENS ? 16 * w.cols * (w.kind == FLOAT32 ? 4 : 2) : AHEAD;
   for (int64_t row = first; row < last; row += stripe) {
     int64_t end = std::min(last, row + stripe);
     for (int64_t i = 0; i < count;) {
       int64_t left = count - i, m = (left + (left + TILE_TOKENS - 1) / TILE_TOKENS - 1) / ((left + TILE_TOKENS - 1) / TILE_TOKENS);
       auto shifted = [&](int at, int64_t r, const float* y, int n) { out(i + at, r, y, n); };
       switch (m) {
-        case 1: tile<1>(w, in, token + i, row, end, shifted); break;
-        case 2: tile<2>(w, in, token + i, row, end, shifted); break;
-        case 3: tile<3>(w, in, token + i, row, end, shifted); break;
-        case 4: tile<4>(w, in, token + i, row, end, shifted); break;
-        case 5: tile<5>(w, in, token + i, row, end, shifted); break;
-        default: m = 6; tile<6>(w, in, token + i, row, end, shifted); break;
+        case 1: tile<1>(w, in, token + i, row, end, ahead, shifted); break;
+        case 2: tile<2>(w, in, token + i, row, end, ahead, shifted); break;
+        case 3: tile<3>(w, in, token + i, row, end, ahead, shifted); break;
+        case 4: tile<4>(w, in, token + i, row, end, ahead, shifted); break;
+        case 5: tile<5>(w, in, token + i, row, end, ahead, shifted); break;
+        default: m = 6; tile<6>(w, in, token + i, row, end, ahead, shifted); break;
       }
       i += m;
     }
