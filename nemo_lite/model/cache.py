@@ -6,8 +6,8 @@ outputs that the block has not read yet, because their next token was not known.
 
 A forward appends. After a *tentative* forward, `commit(n)` keeps its first n tokens a row and `rollback()` none,
 without running the model again: the scan's inputs were kept, and the state is advanced by those that stay.
-`snapshot()` and `restore()` return to an earlier point of the same cache at the price of references, since states are
-never written in place and slots only beyond the current length.
+`snapshot()` and `restore()` return to an earlier point of the same cache at the price of references, since states that a
+snapshot holds are not written in place, and slots only beyond the current length.
 
 Shape letters: B batch, L length, S slots, w = W-1, H heads or hidden, K key/value heads, D, P head sizes, N state size.
 """
@@ -50,8 +50,7 @@ class MambaState:
         self._state: Tensor | None = None
         self._held: tuple[Tensor, Replay] | None = None  # of the last forward, if it was tentative
         self._keep: list[int] | None = None  # how many of its tokens count, as long as nobody has asked for the result
-        self._spare: tuple[Tensor, Tensor] | None = None
-        self._shared = False  # whether a snapshot holds window and state too
+        self.shared = False  # whether a snapshot may hold window and state too
         self.later: Callable[[list[int]], None] | None = None  # after a fused step: takes them in, for all layers
 
     @property
@@ -85,9 +84,7 @@ class MambaState:
 
     def become(self, window: Tensor | None, state: Tensor | None) -> None:
         """Window and state after the tokens so far."""
-        if self._window is not None and self._state is not None and not self._shared:
-            self._spare = (self._window, self._state)
-        self._window, self._state, self._shared = window, state, False
+        self._window, self._state, self.shared = window, state, False
         self._held = self._keep = self.later = None
 
     def _settle(self) -> None:
@@ -116,24 +113,12 @@ class MambaState:
 
     def snapshot(self):
         saved = self.window, self.state
-        self._shared = True
+        self.shared = True
         return saved
 
     def restore(self, saved) -> None:
         self.become(*saved)
-        self._shared = True
-
-    def spare(self) -> tuple[Tensor, Tensor] | None:
-        """An earlier window and state that no snapshot holds, to be written over: fresh memory costs page faults."""
-        window, state = self._window, self._state
-        spare, self._spare = self._spare, None
-        if spare is None or window is None or state is None:
-            return None
-        same = all(
-            old.shape == new.shape and old.dtype == new.dtype and old.is_contiguous()
-            for old, new in zip(spare, (window, state))
-        )
-        return spare if same else None
+        self.shared = True
 
 
 class KVState:
@@ -265,7 +250,7 @@ class Stream:
 
 
 class Lane:
-    """A stream as the fused step sees it: states are read where they are and written to new tensors."""
+    """A stream as the fused step sees it: states are written in place, unless a snapshot holds them too."""
 
     def __init__(self, stream: Stream, step, ctx: Context, dtype: torch.dtype):
         config, B, L = stream.config, ctx.batch, ctx.length
@@ -300,7 +285,8 @@ class Lane:
     def _outputs(self):
         a, b = list(self.a), list(self.b)
         for i in self.mamba:
-            a[i], b[i] = self.stream.states[i].spare() or (torch.empty_like(a[i]), torch.empty_like(b[i]))
+            if self.stream.states[i].shared:
+                a[i], b[i] = torch.empty_like(a[i]), torch.empty_like(b[i])
         return self.step.cache(a, b)
 
     def stepped(self, ctx: Context) -> None:

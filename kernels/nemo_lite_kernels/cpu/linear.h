@@ -93,7 +93,7 @@ struct Rows {
 };
 
 constexpr int TILE_ROWS = W == 16 ? 4 : 2;  // weight rows at once
-constexpr int TILE_TOKENS = 6;
+constexpr int TILE_TOKENS = 6, PACKED_TOKENS = 8;  // and as many tokens as there are registers for sums
 constexpr int PANEL = 16;
 
 // Weights come from memory in one long stream. The hardware's prefetching ends at every page; this does not.
@@ -379,14 +379,16 @@ INLINE void product(const Weight& w, const Rows& in, const int32_t* token, int64
   if (w.kind == BFLOAT16 && w.cols % 32 == 0 && w.rows % 16 == 0 && w.cols <= LONGEST && amx())
     return amx_product(w, in, token, count, first, last, out);
 #endif
+  const int64_t most = w.packed() ? PACKED_TOKENS : TILE_TOKENS;
   // A stripe of weight rows stays in the first-level cache while all tokens pass.
-  const int64_t stripe = count > TILE_TOKENS ? 16 : last - first;
+  const int64_t stripe = count > most ? 16 : last - first;
   // In the meantime the next one is fetched.
-  const int64_t ahead = count > TILE_TOKENS ? 16 * w.cols * (w.kind == FLOAT32 ? 4 : 2) : AHEAD;
+  const int64_t ahead = count > most ? 16 * w.cols * (w.kind == FLOAT32 ? 4 : 2) : AHEAD;
   for (int64_t row = first; row < last; row += stripe) {
     int64_t end = std::min(last, row + stripe);
     for (int64_t i = 0; i < count;) {
-      int64_t left = count - i, m = (left + (left + TILE_TOKENS - 1) / TILE_TOKENS - 1) / ((left + TILE_TOKENS - 1) / TILE_TOKENS);
+      const int64_t left = count - i, tiles = (left + most - 1) / most;
+      int64_t m = (left + tiles - 1) / tiles;
       auto shifted = [&](int at, int64_t r, const float* y, int n) { out(i + at, r, y, n); };
       switch (m) {
         case 1: tile<1>(w, in, token + i, row, end, ahead, shifted); break;
@@ -394,7 +396,9 @@ INLINE void product(const Weight& w, const Rows& in, const int32_t* token, int64
         case 3: tile<3>(w, in, token + i, row, end, ahead, shifted); break;
         case 4: tile<4>(w, in, token + i, row, end, ahead, shifted); break;
         case 5: tile<5>(w, in, token + i, row, end, ahead, shifted); break;
-        default: m = 6; tile<6>(w, in, token + i, row, end, ahead, shifted); break;
+        case 6: tile<6>(w, in, token + i, row, end, ahead, shifted); break;
+        case 7: tile<7>(w, in, token + i, row, end, ahead, shifted); break;
+        default: tile<8>(w, in, token + i, row, end, ahead, shifted); break;
       }
       i += m;
     }
