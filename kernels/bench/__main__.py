@@ -399,7 +399,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="of torch (default: as torch chooses)")
     parser.add_argument("--quick", action="store_true", help="two small models, few shapes, short measurements")
     parser.add_argument("--out", type=Path, help="JSON (default: benchmarks/results/kernels_DEVICE.json)")
-    parser.add_argument("--plot", type=Path, help="SVG (default: docs/kernels_roofline.svg, with _cuda for CUDA)")
+    parser.add_argument("--plot", type=Path, help="SVG (default: docs/images/kernels.svg, with _cuda for CUDA)")
     parser.add_argument("--draw", type=Path, metavar="JSON", help="only draw an earlier run")
     args = parser.parse_args(words)
     args.words = words
@@ -410,7 +410,9 @@ def parse(words: list[str]) -> argparse.Namespace:
         runs.with_suffix(".json") if args.quick else ROOT / "benchmarks" / "results" / f"kernels_{args.device}.json"
     )
     cuda = "_cuda" if args.device == "cuda" else ""
-    args.plot = args.plot or (runs.with_suffix(".svg") if args.quick else ROOT / "docs" / f"kernels_roofline{cuda}.svg")
+    args.plot = args.plot or (
+        runs.with_suffix(".svg") if args.quick else ROOT / "docs" / "images" / f"kernels{cuda}.svg"
+    )
     if args.device == "cuda" and not args.draw and not torch.cuda.is_available():
         parser.error("there is no CUDA device")
     return args

@@ -6,7 +6,7 @@ outputs that the block has not read yet, because their next token was not known.
 
 A forward appends. After a *tentative* forward, `commit(n)` keeps its first n tokens a row and `rollback()` none,
 without running the model again: the scan's inputs were kept, and the state is advanced by those that stay.
-`snapshot()` and `restore()` return to an earlier point of the same cache at the price of references, since states that a
+`snapshot()` and `restore()` return to an earlier point of the same cache at the price of references: states that a
 snapshot holds are not written in place, and slots only beyond the current length.
 
 Shape letters: B batch, L length, S slots, w = W-1, H heads or hidden, K key/value heads, D, P head sizes, N state size.
