@@ -135,14 +135,41 @@ PEER_HEADER = [
 
 
 PEERS_INTRO = """\
-## Beside transformers
+## Beside transformers and llama.cpp
 
-Training steps, prefill and decode of the same random model in nemo_lite and in transformers, each measurement in a
-process of its own, ours and theirs in turn. Shape is rows x tokens (decode: + new tokens). Tokens per second are
+Training steps, prefill and decode of the same random model in nemo_lite, transformers and llama.cpp, each measurement in
+a process of its own, ours and theirs in turn; the faster peer counts. Shape is rows x tokens (decode: + new tokens). Tokens per second are
 medians over rounds; the speedup is the median of the rounds' ratios, with their range beside it; MB is peak resident
 memory. bf16 training keeps float32 weights. *Noisy* means that other processes took more than 5 % of the machine in
 some round.
 """
+
+
+def _accuracy(found: list[dict[str, Any]]) -> list[str]:
+    """What packed weights cost on held-out text."""
+    lines = []
+    for each in found:
+        rows = [
+            [
+                row["implementation"],
+                row["dtype"],
+                f"{row['kl']:.1e}",
+                f"{row['kl_p99']:.1e}",
+                f"{row['same_choice']:.2%}",
+            ]
+            for row in each["rows"]
+        ]
+        way = "one token at a time" if each["one_by_one"] else "a row at a time"
+        lines += [
+            "## Accuracy of packed weights",
+            "",
+            f"Divergence of the next-token distributions from float32 over {each['tokens']:,} held-out tokens, read {way}.",
+            "",
+            *_source(each),
+            *_table(["", "weights", "KL, mean", "KL, 99 %", "same likeliest token"], rows),
+            "",
+        ]
+    return lines
 
 
 def _peers(found: list[dict[str, Any]]) -> list[str]:
@@ -281,7 +308,7 @@ def _serve(folder: Path) -> list[str]:
 
 def results_page(folder: Path = RESULTS) -> str:
     """The text of docs/results.md."""
-    peers = _peers(_read(folder, "peers_*.json"))
+    peers = _peers(_read(folder, "peers_*.json")) + _accuracy(_read(folder, "accuracy*.json"))
     return "\n".join([RESULTS_INTRO, *_demo(_read(folder, "demo.json")), *_serve(folder), *peers])
 
 
@@ -309,16 +336,16 @@ def numbers(folder: Path = RESULTS) -> str:
                 continue
             shown[key] = [
                 f"{row['config']}, {row['work']} {_shape(row)}", f"{row['dtype']}, {row['threads']} threads",
-                _number(ours["tokens_per_second"]), _number(peer["tokens_per_second"]),
+                _number(ours["tokens_per_second"]), row.get("peer", "transformers"), _number(peer["tokens_per_second"]),
                 f"**{row['speedup']:.2f}x**{mark}", f"{row['memory_ratio']:.2f}x",
             ]  # fmt: skip
             if (source := f"`{found['command']}`: {_machine(found['machine'])}") not in sources:
                 sources.append(source)
     if shown:
-        header = ["beside transformers", "format", "nemo_lite tok/s", "transformers tok/s", "speedup", "memory"]
+        header = ["beside the faster peer", "format", "nemo_lite tok/s", "peer", "its tok/s", "speedup", "memory"]
         lines += [*(line for source in sources for line in (source, "")), *_table(header, list(shown.values()))]
     else:
-        lines.append("Training and decoding beside transformers: not measured yet; `make bench` writes it.")
+        lines.append("Training and decoding beside peers: not measured yet; `make bench` writes it.")
     for found in _read(folder, "serve_step.json"):
         lines += ["", f"`{found['command']}`: {_machine(found['machine'])}", "", *_engine_table(found["rows"])]
     return "\n".join(lines)
