@@ -137,11 +137,11 @@ PEER_HEADER = [
 PEERS_INTRO = """\
 ## Beside transformers and llama.cpp
 
-Training steps, prefill and decode of the same random model in nemo_lite, transformers and llama.cpp, each measurement in
-a process of its own, ours and theirs in turn; the faster peer counts. Shape is rows x tokens (decode: + new tokens). Tokens per second are
-medians over rounds; the speedup is the median of the rounds' ratios, with their range beside it; MB is peak resident
-memory. bf16 training keeps float32 weights. *Noisy* means that other processes took more than 5 % of the machine in
-some round.
+Training steps, prefill and decode of the same random model in nemo_lite, transformers and llama.cpp, each measurement
+in a process of its own, ours and theirs in turn; the faster peer counts. Shape is rows x tokens (decode: + new tokens).
+Tokens per second are medians over rounds; the speedup is the median of the rounds' ratios, with their range beside it;
+MB is peak resident memory. bf16 training keeps float32 weights. *Noisy* means that other processes took more than 5 % of
+the machine in some round.
 """
 
 
@@ -163,7 +163,7 @@ def _accuracy(found: list[dict[str, Any]]) -> list[str]:
         lines += [
             "## Accuracy of packed weights",
             "",
-            f"Divergence of the next-token distributions from float32 over {each['tokens']:,} held-out tokens, read {way}.",
+            f"Divergence of next-token distributions from float32 over {each['tokens']:,} held-out tokens, read {way}.",
             "",
             *_source(each),
             *_table(["", "weights", "KL, mean", "KL, 99 %", "same likeliest token"], rows),
