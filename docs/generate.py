@@ -140,8 +140,8 @@ PEERS_INTRO = """\
 Training steps, prefill and decode of the same random model in nemo_lite, transformers and llama.cpp, each measurement
 in a process of its own, ours and theirs in turn; the faster peer counts. Shape is rows x tokens (decode: + new tokens).
 Tokens per second are medians over rounds; the speedup is the median of the rounds' ratios, with their range beside it;
-MB is peak resident memory. bf16 training keeps float32 weights. *Noisy* means that other processes took more than 5 % of
-the machine in some round.
+MB is peak resident memory. bf16 training keeps float32 weights. *Noisy* means that other processes took more than 5 %
+of the machine in some round.
 """
 
 
