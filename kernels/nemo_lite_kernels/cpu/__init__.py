@@ -163,6 +163,7 @@ def _loaded(level: str | None, sanitize: str | None) -> ctypes.CDLL | str:
     try:
         return ctypes.CDLL(str(build(level or levels()[0], sanitize)))
     except (BuildError, OSError) as error:
+        print(f"nemo_lite: without the C++ kernels, which are faster: {error}", file=sys.stderr)
         return str(error)
 
 
