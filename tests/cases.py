@@ -185,15 +185,16 @@ def dtypes(path: str, overrides: list[str], out: str) -> None:
             first = next((a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()), None)
             if first is not None:
                 seen.setdefault(f"{cls.__name__} input", set()).add(first.dtype)
-            return forward(self, *args, **options)
+            out = forward(self, *args, **options)
+            if cls is moe.Router:
+                seen.setdefault("scores", set()).add(out[1].dtype)
+            return out
 
         cls.forward = watched
 
     for cls in (mamba2.Mamba2, moe.Router, layers.Linear, layers.Experts, layers.Embedding, layers.Head, layers.Norm,
                 layers.GatedNorm):  # fmt: skip
         watch(cls)
-    sigmoid = torch.Tensor.sigmoid
-    torch.Tensor.sigmoid = lambda x: (seen.setdefault("scores", set()).add(x.dtype), sigmoid(x))[1]
     setup = Setup(path, overrides)
     setup.step()
     masters = {p.dtype for p in setup.model.parameters()}

@@ -31,7 +31,7 @@ from nemo_lite.parallel.native import start as start_world
 from nemo_lite.train.checkpoint import Checkpointer, checkpoints, newest_whole, read_state
 from nemo_lite.train.loss import label_counts
 from nemo_lite.train.metrics import Metrics, environment, load_summary, memory_gb, peak_flops
-from nemo_lite.train.optim import build_optimizer, clipped_step, update_router_biases
+from nemo_lite.train.optim import build_optimizer, clip_, update_router_biases
 from nemo_lite.train.schedule import learning_rate
 
 
@@ -248,9 +248,10 @@ def train_step(
     finite = math.isfinite(norm) and all(math.isfinite(x) for x in losses)
     experts = dict(zip(names, sums[depth + 2 : -1].split(model.config.n_routed_experts))) if names else {}
     if finite:
+        clip_(parameters, norm, recipe.optim.clip_grad)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        clipped_step(optimizer, parameters, norm, recipe.optim.clip_grad)
+        optimizer.step()
         update_router_biases(model, experts)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(losses, float(sums[depth + 1]), norm, finite, bool(sums[-1] > 0), experts)

@@ -45,23 +45,6 @@ def clip_(parameters, norm: float, limit: float) -> None:
                 p.grad.mul_(scale)
 
 
-def clipped_step(optimizer: torch.optim.Optimizer, parameters, norm: float, limit: float) -> None:
-    """One step with all gradients scaled by limit / norm where norm exceeds limit (0: never).
-
-    Where nothing is sharded the fused step divides them on its way, which saves a pass over all gradients.
-    """
-    parameters = list(parameters)
-    if not limit or norm <= limit or any(is_sharded(p) for p in parameters):
-        clip_(parameters, norm, limit)
-        optimizer.step()
-        return
-    optimizer.grad_scale = torch.tensor((norm + 1e-6) / limit, device=parameters[0].device)  # type: ignore[attr-defined]
-    try:
-        optimizer.step()
-    finally:
-        del optimizer.grad_scale  # type: ignore[attr-defined]
-
-
 @torch.no_grad()
 def update_router_biases(model: nn.Module, counts: Mapping[str, Tensor]) -> None:
     """b += rate * sign(mean(n) - n), n the step's tokens per expert over all microbatches and ranks."""

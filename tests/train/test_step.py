@@ -63,13 +63,8 @@ def step(*overrides: str, micro: int = ROWS, batch: Batch | None = None, dtype: 
     optimizer = build_optimizer(model, recipe.optim)
     gradients = {}
 
-    def scaled(p):
-        """The gradient that the step takes: the optimizer may scale it on the way."""
-        scale = getattr(optimizer, "grad_scale", None)
-        return p.grad.clone() if scale is None else p.grad / scale
-
     optimizer.register_step_pre_hook(
-        lambda *_: gradients.update({name: scaled(p) for name, p in model.named_parameters()})
+        lambda *_: gradients.update({name: p.grad.clone() for name, p in model.named_parameters()})
     )
     before = biases(model)
     micros = list((batch or uneven_batch()).split(micro))
