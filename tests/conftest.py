@@ -24,11 +24,14 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    sanitize = config.getoption("--sanitize")
-    if sanitize is None:
-        return
     from nemo_lite_kernels import cpu
 
+    sanitize = config.getoption("--sanitize")
+    if sanitize is None:
+        # Without a compiler the kernels' tests are skipped; kernels that do not compile are a failure.
+        if cpu.compiler_missing() is None and (why := cpu.reason()) is not None:
+            raise pytest.UsageError(f"the CPU kernels: {why}")
+        return
     best = cpu.levels()[0]
     kept = tuple(level for level in cpu.levels() if level in (best, "avx2"))
     cpu.levels = lambda: kept

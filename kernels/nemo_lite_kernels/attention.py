@@ -7,6 +7,8 @@ key/value heads, D head size.
 import torch
 import torch.nn.functional as F
 
+from nemo_lite_kernels.common import product_dtype
+
 
 def attention(q_TAD, k_TKD, v_TKD, lengths: list[int]):
     """Causal attention inside each of the packed documents of ``lengths`` tokens (they sum to T); [T, A, D].
@@ -22,7 +24,12 @@ def attention(q_TAD, k_TKD, v_TKD, lengths: list[int]):
 
 
 def _causal(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return _sdpa(q, k, v, is_causal=True)
+
+
+def _sdpa(q, k, v, **options):
+    kind = product_dtype(q)
+    return F.scaled_dot_product_attention(q.to(kind), k.to(kind), v.to(kind), enable_gqa=True, **options).to(q.dtype)
 
 
 def attention_masked(q_TAD, k_TKD, v_TKD, lengths: list[int]):
@@ -58,4 +65,4 @@ def attention_cached(q_BLAD, k_BSKD, v_BSKD, starts: list[int]):
         start_B = torch.tensor(starts, device=q.device)
         position_BL = start_B[:, None] + torch.arange(L, device=q.device)
         visible = (torch.arange(S, device=q.device) <= position_BL[..., None])[:, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=True).transpose(1, 2)
+    return _sdpa(q, k, v, attn_mask=visible).transpose(1, 2)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nemo_lite_kernels.common import product_dtype
+
 PANEL = 16
 GROUPS = (32, 64, 128)
 
@@ -37,17 +39,22 @@ class PackedWeight:
         codes = torch.empty(*stack, panels, K // (32 // bits), PANEL, 4, dtype=torch.uint8, device=weight.device)
         scales = torch.empty(*stack, panels, groups, PANEL, dtype=torch.float16, device=weight.device)
         flat = weight.detach().reshape(-1, N, K)
-        # One matrix at a time: what is needed beside the result stays small.
+        # A few panels at a time: what is needed beside the result stays small.
+        some = max(1, (1 << 20) // (PANEL * K))
         for w, c, s in zip(flat, codes.view(-1, *codes.shape[-4:]), scales.view(-1, *scales.shape[-3:])):
-            w = F.pad(w.float(), (0, groups * group - K, 0, panels * PANEL - N)).view(-1, groups, group)
-            scale, q = _round8(w) if bits == 8 else _round4(w)
-            s.copy_(scale.view(panels, PANEL, groups).transpose(1, 2))
-            q = q.view(-1, groups * group)[:, :K]
-            if bits == 8:
-                c.copy_(q.view(panels, PANEL, K // 4, 4).transpose(1, 2))
-            else:
-                halves = q.view(panels, PANEL, K // 8, 2, 4)
-                c.copy_((halves[..., 0, :] | halves[..., 1, :] << 4).transpose(1, 2))
+            for first in range(0, panels, some):
+                part = w[first * PANEL : (first + some) * PANEL].float()
+                here = slice(first, first + some)
+                missing = len(s[here]) * PANEL - len(part)
+                part = F.pad(part, (0, groups * group - K, 0, missing)).view(-1, groups, group)
+                scale, q = _round8(part) if bits == 8 else _round4(part)
+                s[here] = scale.view(-1, PANEL, groups).transpose(1, 2)
+                q = q.view(-1, groups * group)[:, :K]
+                if bits == 8:
+                    c[here] = q.view(-1, PANEL, K // 4, 4).transpose(1, 2)
+                else:
+                    halves = q.view(-1, PANEL, K // 8, 2, 4)
+                    c[here] = (halves[..., 0, :] | halves[..., 1, :] << 4).transpose(1, 2)
         return cls(codes, scales, weight.shape, bits, group)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -104,7 +111,8 @@ def _codes(w: Tensor, scale: Tensor, most: int, zero: int) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor | PackedWeight) -> Tensor:
     """y [.., N] = x [.., K] W^T in x's dtype, W cast to it: the reference."""
-    return F.linear(x, unpack(weight, x.dtype).to(x.dtype))
+    kind = product_dtype(x)
+    return F.linear(x.to(kind), unpack(weight, x.dtype).to(x.dtype).to(kind)).to(x.dtype)
 
 
 def unpack(weight: Tensor | PackedWeight, dtype: torch.dtype) -> Tensor:

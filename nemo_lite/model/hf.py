@@ -241,11 +241,15 @@ def load_config(model_dir: str | Path) -> ModelConfig:
 
 
 class TensorFiles:
-    """The safetensors of a MODEL_DIR, read tensor by tensor."""
+    """The safetensors of a MODEL_DIR, read tensor by tensor.
+
+    A file is mapped, and what was read of it stays in memory as long as it is open: it is opened anew every `KEPT` bytes,
+    so that a model is not there twice while it is loaded.
+    """
+
+    KEPT = 1 << 26
 
     def __init__(self, model_dir: Path):
-        from safetensors import SafetensorError, safe_open
-
         index = model_dir / "model.safetensors.index.json"
         if index.exists():
             where = json.loads(index.read_text())["weight_map"]
@@ -257,30 +261,41 @@ class TensorFiles:
             names = sorted(path.name for path in model_dir.glob("*.safetensors"))
             if not names:
                 raise UserError(f"{model_dir} has no .safetensors file")
-        self._open, self._handle = {}, {}
+        self._file: dict[str, Path] = {}  # of a tensor
+        self._opened, self._read = {}, 0
         for name in names:
-            try:
-                handle = safe_open(model_dir / name, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{model_dir / name} cannot be read: {error}") from None
-            for key in handle.keys():  # noqa: SIM118 - not a dict
-                self._open[key] = handle
+            self._file |= dict.fromkeys(self._open(model_dir / name).keys(), model_dir / name)
         if index.exists():
-            lost = sorted(set(where) - set(self._open))
+            lost = sorted(set(where) - set(self._file))
             if lost:
                 raise UserError(f"{model_dir}: the index names tensors that no shard holds: {', '.join(lost[:8])}")
 
+    def _open(self, path: Path):
+        from safetensors import SafetensorError, safe_open
+
+        if path not in self._opened:
+            try:
+                self._opened[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} cannot be read: {error}") from None
+        return self._opened[path]
+
     def names(self) -> set[str]:
-        return set(self._open)
+        return set(self._file)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._open[name].get_slice(name).get_shape())
+        return tuple(self._open(self._file[name]).get_slice(name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._open[name].get_slice(name)[:0].dtype if self.shape(name) else self.get(name).dtype
+        return self._open(self._file[name]).get_slice(name)[:0].dtype if self.shape(name) else self.get(name).dtype
 
     def get(self, name: str) -> Tensor:
-        return self._open[name].get_tensor(name)
+        if self._read > self.KEPT:
+            self._opened.clear()
+            self._read = 0
+        tensor = self._open(self._file[name]).get_tensor(name)
+        self._read += tensor.nbytes
+        return tensor
 
 
 def check_tensors(table: list[Row], files: TensorFiles, where: str, tied: bool) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from nemo_lite_kernels import loss as reference
+from nemo_lite_kernels.common import product_dtype
 from torch import Tensor
 
 IGNORE = -100
@@ -61,13 +62,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, h_TH, weight_VH, labels_T, weights_T, chunk, training, nll_and_gradient, weight_gradient):
         dtype = torch.promote_types(h_TH.dtype, torch.float32)
         keep_T = (labels_T != IGNORE).nonzero().squeeze(-1)  # masked positions cost nothing
-        weight = weight_VH.to(h_TH.dtype)
+        kind = product_dtype(h_TH)
+        weight = weight_VH.to(h_TH.dtype).to(kind)
         nll_T = h_TH.new_zeros(len(labels_T), dtype=dtype)
         need_h, need_w = (training and need for need in ctx.needs_input_grad[:2])
         dh = torch.zeros_like(h_TH) if need_h else None
         dw = None
         for rows in keep_T.split(chunk):
-            h = h_TH[rows]
+            h = h_TH[rows].to(kind)
             nll_T[rows], dlogits = nll_and_gradient(h @ weight.T, labels_T[rows], weights_T[rows], need_h or need_w)
             if dh is not None:
                 dh[rows] = dlogits @ weight

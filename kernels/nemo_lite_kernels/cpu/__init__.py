@@ -74,6 +74,15 @@ def _compiler() -> list[str]:
     raise BuildError(f"the compiler {asked!r} (CXX) was not found" if asked else "no C++ compiler (c++, g++, clang++)")
 
 
+def compiler_missing() -> str | None:
+    """Why there is no compiler to build with, or None."""
+    try:
+        _compiler()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
 def _openmp() -> list[str]:
     """Linker arguments for the OpenMP runtime that is loaded already: torch's."""
     if sys.platform == "darwin":

@@ -1,7 +1,8 @@
-"""Linears over many rows in bfloat16 on CPUs with AMX: the weight's gradient in C++ (dense.cpp), the rest by torch.
+"""Linears over many rows in bfloat16 by torch, and on CPUs with AMX the weight's gradient in C++ (dense.cpp).
 
 oneDNN takes twice as long for a product of two operands that both have to be turned round, and leaves a bfloat16 result
-that float32 master weights want cast. Here the gradient comes out as float32 sums.
+that float32 master weights want cast. Here the gradient comes out as float32 sums. Where torch has no bfloat16 product
+(`product_dtype`), operands are widened and results rounded, so that the numbers are bfloat16's.
 """
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_lite_kernels import cpu
+from nemo_lite_kernels.common import product_dtype
 
 MANY_ROWS = 64
 _AVAILABLE = cpu.Kernel("dense_available", "p")
@@ -26,7 +28,8 @@ def weight_gradient(dy_MN: Tensor, x_MK: Tensor, dtype: torch.dtype, into: Tenso
     """dy^T x in `dtype`, or added to `into` of that dtype, which is returned."""
     (M, N), K = dy_MN.shape, x_MK.shape[1]
     if dy_MN.dtype != torch.bfloat16 or dtype not in cpu.SUFFIX or M < MANY_ROWS or not available():
-        part = dy_MN.T @ x_MK
+        kind = product_dtype(dy_MN)
+        part = dy_MN.to(kind).T @ x_MK.to(kind)
         return part.to(dtype) if into is None else into.add_(part)
     dw = torch.empty(N, K, dtype=dtype) if into is None else into
     space = torch.empty((M + 31) // 32 * 32 * ((K + 15) // 16 * 16), dtype=torch.bfloat16)
@@ -40,12 +43,13 @@ class _Linear(torch.autograd.Function):
         cast = weight.to(x.dtype)
         ctx.save_for_backward(x, cast)
         ctx.dtype = weight.dtype
-        return F.linear(x, cast)
+        return _product(x, cast)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        dy = dy.to(product_dtype(dy))
+        dx = (dy @ weight.to(dy.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
         dw = weight_gradient(dy, x, ctx.dtype) if ctx.needs_input_grad[1] else None
         return dx, dw
 
@@ -54,4 +58,9 @@ def linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     """x W^T in x's dtype, differentiable; the gradient of W is in W's dtype and never rounded to x's."""
     if torch.is_grad_enabled() and weight_NK.requires_grad and x_MK.dtype == torch.bfloat16 and x_MK.dim() == 2:
         return _Linear.apply(x_MK, weight_NK)
-    return F.linear(x_MK, weight_NK.to(x_MK.dtype))
+    return _product(x_MK, weight_NK.to(x_MK.dtype))
+
+
+def _product(x, weight):
+    kind = product_dtype(x)
+    return F.linear(x.to(kind), weight.to(kind)).to(x.dtype)

@@ -92,65 +92,79 @@ struct Rows {
   }
 };
 
-constexpr int TILE_ROWS = W == 16 ? 4 : 2;  // weight rows at once
-constexpr int TILE_TOKENS = 6, PACKED_TOKENS = 8;  // and as many tokens as there are registers for sums
-constexpr int PANEL = 16;
+constexpr int TILE_TOKENS = W == 16 ? 6 : 3, PACKED_TOKENS = 8;  // as many tokens at once as there are registers for sums
+constexpr int PANEL = 16, STREAMS = 4;
 
-// Weights come from memory in one long stream. The hardware's prefetching ends at every page; this does not.
-constexpr int64_t AHEAD = 4096;
+// Weights come from memory. The hardware's prefetching ends at every page; this does not.
+constexpr int64_t AHEAD = W == 16 ? 4096 : 512;
 INLINE void fetch(const void* p, int64_t ahead = AHEAD) { __builtin_prefetch((const char*)p + ahead, 0, 3); }
 
+#if defined(__AVX2__)
+// The sums of four vectors, side by side: in the same order wherever a vector stands.
+INLINE __m128 sums4(vf a, vf b, vf c, vf d) {
 #if defined(__AVX512F__)
-// The sums of four vectors, side by side.
-INLINE __m128 sums4(__m512 a, __m512 b, __m512 c, __m512 d) {
-  __m512d ab = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
-  __m512d cd = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
-  __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
-  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-#endif
-
-// out[r] = the sum of v[r]: in the same order whatever R is.
-template <int R> INLINE void sums(const vf* v, float* out) {
-#if defined(__AVX512F__)
-  if (R == 4) _mm_storeu_ps(out, sums4((__m512)v[0], (__m512)v[1], (__m512)v[2], (__m512)v[3]));
-  else
-    for (int r = 0; r < R; r++) out[r] = _mm_cvtss_f32(sums4((__m512)v[r], (__m512)v[r], (__m512)v[r], (__m512)v[r]));
+  __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps((__m512)a, (__m512)b) + _mm512_unpackhi_ps((__m512)a, (__m512)b));
+  __m512d cd = _mm512_castps_pd(_mm512_unpacklo_ps((__m512)c, (__m512)d) + _mm512_unpackhi_ps((__m512)c, (__m512)d));
+  __m512 all = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)) + _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+  __m256 half = _mm512_castps512_ps256(all) + _mm512_extractf32x8_ps(all, 1);
 #else
-  for (int r = 0; r < R; r++) out[r] = sum(v[r]);
+  __m256d ab = _mm256_castps_pd(_mm256_unpacklo_ps((__m256)a, (__m256)b) + _mm256_unpackhi_ps((__m256)a, (__m256)b));
+  __m256d cd = _mm256_castps_pd(_mm256_unpacklo_ps((__m256)c, (__m256)d) + _mm256_unpackhi_ps((__m256)c, (__m256)d));
+  __m256 half = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)) + _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
+#endif
+  return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
+}
+#endif
+
+template <int N> struct Int {
+  static constexpr int value = N;
+};
+
+// out[i] = the sum of v[i]: in the same order whatever N is.
+template <int N> INLINE void sums(const vf* v, float* out) {
+  int i = 0;
+#if defined(__AVX2__)
+#pragma GCC unroll 16
+  for (; i + 4 <= N; i += 4) _mm_storeu_ps(out + i, sums4(v[i], v[i + 1], v[i + 2], v[i + 3]));
+#pragma GCC unroll 4
+  for (; i < N; i++) out[i] = _mm_cvtss_f32(sums4(v[i], v[i], v[i], v[i]));
+#else
+  for (; i < N; i++) out[i] = sum(v[i]);
 #endif
 }
 
-// R rows of the weight times M rows of x, over K.
+// R rows of the weight times M rows of x, over K; meanwhile what lies ahead[r] bytes behind a row is fetched.
 template <int R, int M, typename T>
-INLINE void block(const float* const* x, const T* w, int64_t ldw, int64_t K, float (*out)[R], int64_t ahead = AHEAD) {
+INLINE void block(const float* const* x, const T* const* w, int64_t K, const int64_t* ahead, float (*out)[R]) {
+  constexpr int LINE = std::max<int>(W, 64 / sizeof(T));
   vf acc[M][R];
   for (int m = 0; m < M; m++)
     for (int r = 0; r < R; r++) acc[m][r] = zero();
   int64_t k = 0;
-  for (; k + W <= K; k += W) {
-    vf v[R];
+  for (; k + LINE <= K; k += LINE) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-      v[r] = load(w + r * ldw + k);
-      fetch(w + r * ldw + k, ahead);
-    }
+    for (int r = 0; r < R; r++) fetch(w[r] + k, ahead[r]);
+#pragma GCC unroll 16
+    for (int j = 0; j < LINE; j += W) {
+      vf v[R];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      vf a = load(x[m] + k);
+      for (int r = 0; r < R; r++) v[r] = load(w[r] + k + j);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; r++) acc[m][r] += a * v[r];
+      for (int m = 0; m < M; m++) {
+        vf a = load(x[m] + k + j);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) acc[m][r] += a * v[r];
+      }
     }
   }
-  if (k < K) {
-    int n = (int)(K - k);
+  for (; k < K; k += W) {
+    int n = (int)std::min<int64_t>(W, K - k);
     for (int m = 0; m < M; m++) {
       vf a = load_part(x[m] + k, n);
-      for (int r = 0; r < R; r++) acc[m][r] += a * load_part(w + r * ldw + k, n);
+      for (int r = 0; r < R; r++) acc[m][r] += a * load_part(w[r] + k, n);
     }
   }
-  for (int m = 0; m < M; m++) sums<R>(acc[m], out[m]);
+  sums<M * R>(acc[0], out[0]);
 }
 
 #if defined(__AVX512BF16__)
@@ -159,14 +173,17 @@ INLINE __m512bh load32(const bf16* p, int64_t n) {
 }
 
 template <int R, int M>
-INLINE void block(const bf16* const* x, const bf16* w, int64_t ldw, int64_t K, float (*out)[R], int64_t ahead = AHEAD) {
+INLINE void block(const bf16* const* x, const bf16* const* w, int64_t K, const int64_t* ahead, float (*out)[R]) {
   vf acc[M][R];
   for (int m = 0; m < M; m++)
     for (int r = 0; r < R; r++) acc[m][r] = zero();
   for (int64_t k = 0; k < K; k += 32) {
     __m512bh v[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) v[r] = load32(w + r * ldw + k, K - k);
+    for (int r = 0; r < R; r++) {
+      fetch(w[r] + k, ahead[r]);
+      v[r] = load32(w[r] + k, K - k);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       __m512bh a = load32(x[m] + k, K - k);
@@ -174,23 +191,44 @@ INLINE void block(const bf16* const* x, const bf16* w, int64_t ldw, int64_t K, f
       for (int r = 0; r < R; r++) acc[m][r] = (vf)_mm512_dpbf16_ps((__m512)acc[m][r], a, v[r]);
     }
   }
-  for (int m = 0; m < M; m++) sums<R>(acc[m], out[m]);
+  sums<M * R>(acc[0], out[0]);
 }
 #endif
 
-// out(m, row, values, n): n outputs from `row` on of the m-th of the given rows.
-template <typename X, typename T, int M, typename Out>
-INLINE void dense_tile(const X* const* x, const T* w, int64_t K, int64_t first, int64_t last, int64_t ahead, Out out) {
-  int64_t row = first;
-  for (; row + TILE_ROWS <= last; row += TILE_ROWS) {
-    float y[M][TILE_ROWS];
-    block<TILE_ROWS, M>(x, w + row * K, K, K, y, ahead);
-    for (int m = 0; m < M; m++) out(m, row, y[m], TILE_ROWS);
-  }
-  for (; row < last; row++) {
-    float y[M][1];
-    block<1, M>(x, w + row * K, K, K, y, ahead);
-    for (int m = 0; m < M; m++) out(m, row, y[m], 1);
+// y[j][s * PANEL + i] = row `row + s * apart + i` of the weight times the token[j]-th row of x, for s < R, i < n <= PANEL.
+// The R rows that are read at once lie apart: on one page they would stand in the way of the hardware's prefetching.
+template <int R, typename X, typename T>
+static __attribute__((noinline)) void strip(const X* x, int64_t width, const int32_t* token, int64_t count, const T* w,
+                                            int64_t K, int64_t apart, int n, float (*y)[STREAMS * PANEL]) {
+  const int64_t tiles = (count + TILE_TOKENS - 1) / TILE_TOKENS;
+  for (int i = 0; i < n; i++) {
+    const T* rows[R];
+    for (int r = 0; r < R; r++) rows[r] = w + (r * apart + i) * K;
+    int64_t first = 0;
+    for (int64_t t = 0; t < tiles; t++) {
+      // With several tiles the rows are near from the second on: each fetches its part of the next rows.
+      int64_t ahead[R];
+      for (int r = 0; r < R; r++) ahead[r] = tiles == 1 ? AHEAD : r % tiles == t ? K * (int64_t)sizeof(T) : 0;
+      const int m = (int)((count - first + tiles - t - 1) / (tiles - t));
+      const X* xs[TILE_TOKENS];
+      for (int j = 0; j < m; j++) xs[j] = x + token[first + j] * width;
+      auto tile = [&](auto tokens) {
+        constexpr int M = decltype(tokens)::value;
+        float part[M][R];
+        block<R, M>(xs, rows, K, ahead, part);
+        for (int j = 0; j < M; j++)
+          for (int r = 0; r < R; r++) y[first + j][r * PANEL + i] = part[j][r];
+      };
+      switch (m) {
+        case 1: tile(Int<1>{}); break;
+        case 2: tile(Int<2>{}); break;
+        case 3: tile(Int<3>{}); break;
+        case 4: tile(Int<std::min(4, TILE_TOKENS)>{}); break;
+        case 5: tile(Int<std::min(5, TILE_TOKENS)>{}); break;
+        default: tile(Int<TILE_TOKENS>{}); break;
+      }
+      first += m;
+    }
   }
 }
 
@@ -238,6 +276,67 @@ INLINE void panel_tile(const Weight& w, int64_t panel, const int8_t* const* q, c
       acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(part[m]), _mm512_mul_ps(s, _mm512_set1_ps(scale[m][g])), acc[m]);
   }
   for (int m = 0; m < M; m++) _mm512_storeu_ps(out[m], acc[m]);
+}
+#elif defined(__AVX2__)
+// Pairs of products are added in 16 bits. An int8 pair fits when the code's sign is put on x: 2 x 128 x 127. Of int4
+// pairs, 2 x 15 x 127, eight fit: 32 columns.
+template <int M, bool FOUR>
+INLINE void panel_tile(const Weight& w, int64_t panel, const int8_t* const* q, const float* const* scale,
+                       const int32_t* const* total, float (*out)[PANEL]) {
+  const int64_t groups = (w.cols + w.group - 1) / w.group, step = FOUR ? 8 : 4;
+  const char* codes = w.data + panel * w.cols * PANEL / (FOUR ? 2 : 1);
+  const char* scales = w.scale + panel * groups * PANEL * 2;
+  const __m256i ones = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15), high = _mm256_set1_epi8(-128);
+  __m256 acc[M][2];
+  for (int m = 0; m < M; m++) acc[m][0] = acc[m][1] = _mm256_setzero_ps();
+  auto four = [](const int8_t* p) {
+    int32_t x;
+    memcpy(&x, p, 4);
+    return _mm256_set1_epi32(x);
+  };
+  for (int64_t g = 0; g < groups; g++) {
+    const int64_t from = g * w.group, to = std::min(w.cols, from + w.group);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {  // 8 rows
+      __m256i part[M];
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) part[m] = FOUR ? _mm256_set1_epi32((int32_t)(-8 * total[m][g])) : _mm256_setzero_si256();
+      const char* c = codes + half * 32;
+      for (int64_t k32 = from; k32 < to; k32 += 32) {
+        __m256i pairs[M];
+        if (FOUR)
+          for (int m = 0; m < M; m++) pairs[m] = _mm256_setzero_si256();
+#pragma GCC unroll 8
+        for (int64_t k = k32; k < k32 + 32; k += step, c += 64) {
+          const __m256i code = _mm256_loadu_si256((const __m256i*)c);
+          if (!half) fetch(c);
+          if (FOUR) {
+            const __m256i a = _mm256_and_si256(code, low), b = _mm256_and_si256(_mm256_srli_epi16(code, 4), low);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+              pairs[m] = _mm256_add_epi16(pairs[m], _mm256_maddubs_epi16(a, four(q[m] + k)));
+              pairs[m] = _mm256_add_epi16(pairs[m], _mm256_maddubs_epi16(b, four(q[m] + k + 4)));
+            }
+          } else {
+            const __m256i sign = _mm256_xor_si256(code, high), size = _mm256_abs_epi8(sign);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+              const __m256i two = _mm256_maddubs_epi16(size, _mm256_sign_epi8(four(q[m] + k), sign));
+              part[m] = _mm256_add_epi32(part[m], _mm256_madd_epi16(two, ones));
+            }
+          }
+        }
+        if (FOUR)
+          for (int m = 0; m < M; m++) part[m] = _mm256_add_epi32(part[m], _mm256_madd_epi16(pairs[m], ones));
+      }
+      const __m256 s = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(scales + g * PANEL * 2 + half * 16)));
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++)
+        acc[m][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(part[m]), _mm256_mul_ps(s, _mm256_set1_ps(scale[m][g])), acc[m][half]);
+    }
+    codes += (to - from) * PANEL / (FOUR ? 2 : 1);
+  }
+  for (int m = 0; m < M; m++) _mm256_storeu_ps(out[m], acc[m][0]), _mm256_storeu_ps(out[m] + 8, acc[m][1]);
 }
 #else
 INLINE float from_half(uint16_t h) {
@@ -288,23 +387,9 @@ INLINE void panel_tile(const Weight& w, int64_t panel, const int8_t* const* q, c
 }
 #endif
 
-template <int M, typename Out>
-INLINE void tile(const Weight& w, const Rows& in, const int32_t* token, int64_t first, int64_t last, int64_t ahead, Out out) {
-#if defined(__AVX512BF16__)
-  if (w.kind == BFLOAT16) {
-    const bf16* x[M];
-    for (int m = 0; m < M; m++) x[m] = in.h + token[m] * in.width;
-    dense_tile<bf16, bf16, M>(x, (const bf16*)w.data, w.cols, first, last, ahead, out);
-    return;
-  }
-#endif
-  if (!w.packed()) {
-    const float* x[M];
-    for (int m = 0; m < M; m++) x[m] = in.x + token[m] * in.width;
-    if (w.kind == FLOAT32) dense_tile<float, float, M>(x, (const float*)w.data, w.cols, first, last, ahead, out);
-    else dense_tile<float, bf16, M>(x, (const bf16*)w.data, w.cols, first, last, ahead, out);
-    return;
-  }
+// A panel of packed weight rows times `count` <= PACKED_TOKENS rows of `in`.
+template <int M>
+INLINE void packed_tile(const Weight& w, const Rows& in, const int32_t* token, int64_t panel, float (*y)[PANEL]) {
   const int8_t* q[M];
   const float* scale[M];
   const int32_t* total[M];
@@ -313,12 +398,44 @@ INLINE void tile(const Weight& w, const Rows& in, const int32_t* token, int64_t 
     scale[m] = in.scale + token[m] * (in.width / 32);
     total[m] = in.total + token[m] * (in.width / 32);
   }
-  for (int64_t row = first; row < last; row += PANEL) {
-    float y[M][PANEL];
-    if (w.kind == INT8) panel_tile<M, false>(w, row / PANEL, q, scale, total, y);
-    else panel_tile<M, true>(w, row / PANEL, q, scale, total, y);
-    int n = (int)std::min<int64_t>(PANEL, last - row);
-    for (int m = 0; m < M; m++) out(m, row, y[m], n);
+  if (w.kind == INT8) panel_tile<M, false>(w, panel, q, scale, total, y);
+  else panel_tile<M, true>(w, panel, q, scale, total, y);
+}
+
+static __attribute__((noinline)) void packed_panel(const Weight& w, const Rows& in, const int32_t* token, int count,
+                                                   int64_t panel, float (*y)[PANEL]) {
+  switch (count) {
+    case 1: return packed_tile<1>(w, in, token, panel, y);
+    case 2: return packed_tile<2>(w, in, token, panel, y);
+    case 3: return packed_tile<3>(w, in, token, panel, y);
+    case 4: return packed_tile<4>(w, in, token, panel, y);
+    case 5: return packed_tile<5>(w, in, token, panel, y);
+    case 6: return packed_tile<6>(w, in, token, panel, y);
+    case 7: return packed_tile<7>(w, in, token, panel, y);
+    default: return packed_tile<8>(w, in, token, panel, y);
+  }
+}
+
+template <typename X, typename T, typename Out>
+INLINE void dense_product(const Weight& w, const X* x, int64_t width, const int32_t* token, int64_t count, int64_t first,
+                          int64_t last, Out out) {
+  constexpr int64_t MOST = 32;  // tokens at once
+  float y[MOST][STREAMS * PANEL];
+  const T* rows = (const T*)w.data;
+  const int64_t apart = (last - first) / STREAMS;
+  for (int64_t begin = 0; begin < count; begin += MOST) {
+    const int64_t m = std::min(MOST, count - begin);
+    auto strips = [&](auto streams, int64_t from, int64_t to, int64_t between) {
+      constexpr int R = decltype(streams)::value;
+      for (int64_t i = from; i < to; i += PANEL) {
+        const int n = (int)std::min<int64_t>(PANEL, to - i);
+        strip<R>(x, width, token + begin, m, rows + i * w.cols, w.cols, between, n, y);
+        for (int64_t j = 0; j < m; j++)
+          for (int s = 0; s < R; s++) out(begin + j, i + s * between, y[j] + s * PANEL, n);
+      }
+    };
+    strips(Int<STREAMS>{}, first, first + apart, apart);
+    strips(Int<1>{}, first + STREAMS * apart, last, 0);
   }
 }
 
@@ -379,27 +496,18 @@ INLINE void product(const Weight& w, const Rows& in, const int32_t* token, int64
   if (w.kind == BFLOAT16 && w.cols % 32 == 0 && w.rows % 16 == 0 && w.cols <= LONGEST && amx())
     return amx_product(w, in, token, count, first, last, out);
 #endif
-  const int64_t most = w.packed() ? PACKED_TOKENS : TILE_TOKENS;
-  // A stripe of weight rows stays in the first-level cache while all tokens pass.
-  const int64_t stripe = count > most ? 16 : last - first;
-  // In the meantime the next one is fetched.
-  const int64_t ahead = count > most ? 16 * w.cols * (w.kind == FLOAT32 ? 4 : 2) : AHEAD;
-  for (int64_t row = first; row < last; row += stripe) {
-    int64_t end = std::min(last, row + stripe);
-    for (int64_t i = 0; i < count;) {
-      const int64_t left = count - i, tiles = (left + most - 1) / most;
-      int64_t m = (left + tiles - 1) / tiles;
-      auto shifted = [&](int at, int64_t r, const float* y, int n) { out(i + at, r, y, n); };
-      switch (m) {
-        case 1: tile<1>(w, in, token + i, row, end, ahead, shifted); break;
-        case 2: tile<2>(w, in, token + i, row, end, ahead, shifted); break;
-        case 3: tile<3>(w, in, token + i, row, end, ahead, shifted); break;
-        case 4: tile<4>(w, in, token + i, row, end, ahead, shifted); break;
-        case 5: tile<5>(w, in, token + i, row, end, ahead, shifted); break;
-        case 6: tile<6>(w, in, token + i, row, end, ahead, shifted); break;
-        case 7: tile<7>(w, in, token + i, row, end, ahead, shifted); break;
-        default: tile<8>(w, in, token + i, row, end, ahead, shifted); break;
-      }
+#if defined(__AVX512BF16__)
+  if (w.kind == BFLOAT16) return dense_product<bf16, bf16>(w, in.h, in.width, token, count, first, last, out);
+#endif
+  if (w.kind == FLOAT32) return dense_product<float, float>(w, in.x, in.width, token, count, first, last, out);
+  if (w.kind == BFLOAT16) return dense_product<float, bf16>(w, in.x, in.width, token, count, first, last, out);
+  float y[PACKED_TOKENS][PANEL];
+  for (int64_t row = first; row < last; row += PANEL) {
+    const int n = (int)std::min<int64_t>(PANEL, last - row);
+    for (int64_t i = 0, left = (count + PACKED_TOKENS - 1) / PACKED_TOKENS; left; left--) {
+      const int m = (int)((count - i + left - 1) / left);
+      packed_panel(w, in, token + i, m, row / PANEL, y);
+      for (int j = 0; j < m; j++) out(i + j, row, y[j], n);
       i += m;
     }
   }

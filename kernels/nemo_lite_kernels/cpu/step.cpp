@@ -172,34 +172,36 @@ struct Step {
     const int64_t C = channels(l), w = l.width - 1, total = wide.width, inner_size = l.heads * l.head_dim;
     int64_t first, last;
     team.share(C, 16, first, last);
+    std::vector<vf> taps(l.width);
+    lanes(last - first, [&](int64_t offset, auto lane) {
+      const int64_t c = first + offset;
+      for (int64_t k = 0; k <= w; k++)
+        for (int64_t i = 0; i < std::min<int64_t>(W, last - c); i++) taps[k][i] = l.conv[(c + i) * l.width + k];
+      const vf bias = l.conv_bias.at(c, (int)std::min<int64_t>(W, last - c));
+      for (int64_t b = 0; b < part.rows; b++) {
+        const S* window = (const S*)part.a_in[index] + part.slots[b] * w * C + c;
+        float* row = wide.x + (t0 + b * part.length) * total + inner_size + c;  // x, B, C of the row's first token
+        float* out = mixed + (t0 + b * part.length) * C + c;
+        for (int64_t j = 0; j < part.length; j++) {
+          if (sizeof(S) < 4) {  // as the window will keep it, so that verifying sees what decoding would
+            bf16 narrow[W];
+            put(narrow, get(row + j * total, lane), lane);
+            put(row + j * total, get(narrow, lane), lane);
+          }
+          vf y = bias;
+          for (int64_t k = 0; k <= w; k++) {
+            const int64_t at = j + k - w;
+            y += taps[k] * (at < 0 ? get(window + (at + w) * C, lane) : get(row + at * total, lane));
+          }
+          put(out + j * C, silu(y), lane);
+        }
+      }
+    });
     for (int64_t b = 0; b < part.rows; b++) {
       const S* window = (const S*)part.a_in[index] + part.slots[b] * w * C;
       S* after = (S*)part.a_out[index] + part.slots[b] * w * C;
-      float* row = wide.x + (t0 + b * part.length) * total + inner_size;  // x, B, C of the row's first token
-      float* out = mixed + (t0 + b * part.length) * C;
-      // The inputs as the window will keep them, so that verifying sees what decoding would.
-      if (sizeof(S) < 4)
-        for (int64_t j = 0; j < part.length; j++)
-          for (int64_t c = first; c < last; c++) {
-            bf16 narrow;
-            store1(&narrow, row[j * total + c]);
-            row[j * total + c] = load1(&narrow);
-          }
-      for (int64_t c = first; c < last; c++) {
-        for (int64_t j = 0; j < part.length; j++) {
-          float y = l.conv_bias[c];
-          for (int64_t k = 0; k <= w; k++) {
-            int64_t at = j + k - w;
-            y += l.conv[c * l.width + k] * (at < 0 ? load1(window + (at + w) * C + c) : row[at * total + c]);
-          }
-          out[j * C + c] = y;
-        }
-      }
-      for (int64_t j = 0; j < part.length; j++) {
-        int64_t c = first;
-        for (; c + W <= last; c += W) store(out + j * C + c, silu(load(out + j * C + c)));
-        if (c < last) store_part(out + j * C + c, silu(load_part(out + j * C + c, (int)(last - c))), (int)(last - c));
-      }
+      const float* row = wide.x + (t0 + b * part.length) * total + inner_size;
+      const float* out = mixed + (t0 + b * part.length) * C;
       if (part.tentative) {
         float* kept = part.held + mamba_number * (part.rows * part.length) * (2 * C + l.heads) + b * part.length * C;
         for (int64_t j = 0; j < part.length; j++) {
@@ -372,17 +374,15 @@ struct Step {
           int64_t query = i + std::min(j, m - 1);
           q[j] = wide.x + (t + query / r) * wide.width + (head * r + query % r) * D;
         }
-        for (int64_t c = 0; c < n; c += TILE_ROWS) {
-          float y[TILE_TOKENS][TILE_ROWS];
-          if (c + TILE_ROWS <= n) block<TILE_ROWS, TILE_TOKENS>(q, k + c * K * D, K * D, D, y);
-          else
-            for (int64_t one = c; one < n; one++) {
-              float y1[TILE_TOKENS][1];
-              block<1, TILE_TOKENS>(q, k + one * K * D, K * D, D, y1);
-              for (int j = 0; j < TILE_TOKENS; j++) y[j][one - c] = y1[j][0];
-            }
+        constexpr int R = 4;
+        const int64_t ahead[R] = {AHEAD, AHEAD, AHEAD, AHEAD};
+        for (int64_t c = 0; c < n; c += R) {
+          float y[TILE_TOKENS][R];
+          const S* rows[R];
+          for (int r = 0; r < R; r++) rows[r] = k + std::min(c + r, n - 1) * K * D;
+          block<R, TILE_TOKENS>(q, rows, D, ahead, y);
           for (int j = 0; j < m; j++)
-            for (int64_t one = 0; one < std::min<int64_t>(TILE_ROWS, n - c); one++)
+            for (int64_t one = 0; one < std::min<int64_t>(R, n - c); one++)
               s[(i + j) * KEYS + key - from + c + one] = y[j][one] * scale;
         }
       }
@@ -391,26 +391,31 @@ struct Step {
     for (int64_t i = 0; i < L * r; i++) {
       float *o = out + i * (2 + D), *e = s + i * KEYS;
       int64_t visible = std::min(to, part.first + part.starts[b] + i / r + 1) - from;
-      float most = -INFINITY, total = 0;
+      float most = -INFINITY;
       for (int64_t c = 0; c < visible; c++) most = std::max(most, e[c]);
-      for (int64_t c = 0; c < visible; c++) total += e[c] = std::exp(e[c] - most);
+      vf total = zero();
+      lanes(std::max<int64_t>(visible, 0), [&](int64_t c, auto lane) {
+        vf weight = vexp(get(e + c, lane) - most);
+        put(e + c, weight, lane);
+        total += get(e + c, lane);
+      });
       for (int64_t c = std::max<int64_t>(visible, 0); c < to - from; c++) e[c] = 0;
-      o[0] = most, o[1] = total;
+      o[0] = most, o[1] = sum(total);
       std::fill(o + 2, o + 2 + D, 0.f);
     }
-    for (int64_t key = from; key < to; key++) {
+    for (int64_t key = from; key < to;) {
       int64_t block_at = part.table[b * part.table_width + key / size];
+      int64_t n = std::min(to, (key / size + 1) * size) - key;
       const S* v = (const S*)part.b_out[index] + ((block_at * size + key % size) * K + head) * D;
-      int64_t d = 0;
-      for (; d + W <= D; d += W) {
-        vf value = load(v + d);
-        for (int64_t i = 0; i < L * r; i++) {
-          float* o = out + i * (2 + D) + 2 + d;
-          store(o, load(o) + value * s[i * KEYS + key - from]);
-        }
+      for (int64_t i = 0; i < L * r; i++) {
+        float *o = out + i * (2 + D) + 2, *e = s + i * KEYS + key - from;
+        lanes(D, [&](int64_t d, auto lane) {
+          vf y = get(o + d, lane);
+          for (int64_t c = 0; c < n; c++) y += get(v + c * K * D + d, lane) * e[c];
+          put(o + d, y, lane);
+        });
       }
-      for (; d < D; d++)
-        for (int64_t i = 0; i < L * r; i++) out[i * (2 + D) + 2 + d] += load1(v + d) * s[i * KEYS + key - from];
+      key += n;
     }
   }
 
