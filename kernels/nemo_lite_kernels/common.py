@@ -12,8 +12,8 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that products of x are formed in: x's, but float32 for bfloat16 on a CPU for which torch's library has no
-    bfloat16 product (no AVX-512); its fallback is 10 to 100 times slower than float32."""
+    """The dtype that products of x are formed in: x's, but float32 for bfloat16 on a CPU for which torch's library has
+    no bfloat16 product (no AVX-512); its fallback is 10 to 100 times slower than float32."""
     slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _multiplies_bfloat16()
     return torch.float32 if slow else x.dtype
 

@@ -10,7 +10,7 @@ in x's dtype. Tokens are sorted once; work and launches follow the experts hit, 
 import torch
 import torch.nn.functional as F
 
-from nemo_lite_kernels.common import accumulate_dtype
+from nemo_lite_kernels.common import accumulate_dtype, product_dtype
 
 
 def experts_reference(x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF):
@@ -39,6 +39,9 @@ def experts_loop(x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF):
         if 2 * expert_Tk.numel() >= up_EFL.shape[0] and x_TL.shape[0] > 1 and up_EFL.numel() <= SMALL_EXPERTS:
             decode = _all_experts
         return decode(x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF)
+    if (kind := product_dtype(x_TL)) != x_TL.dtype:
+        up, down = (weight.to(x_TL.dtype).to(kind) for weight in (up_EFL, down_ELF))
+        return experts_loop(x_TL.to(kind), expert_Tk, weight_Tk, up, down).to(x_TL.dtype)
     order, counts = sort_by_expert(expert_Tk, up_EFL.shape[0])
     # bfloat16 products on a CPU are compiled per shape (ten times the product's own time, seen with torch 2.13), so an
     # expert's rows are padded with zeros to a multiple of 16 and few shapes occur.

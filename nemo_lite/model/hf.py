@@ -243,8 +243,8 @@ def load_config(model_dir: str | Path) -> ModelConfig:
 class TensorFiles:
     """The safetensors of a MODEL_DIR, read tensor by tensor.
 
-    A file is mapped, and what was read of it stays in memory as long as it is open: it is opened anew every `KEPT` bytes,
-    so that a model is not there twice while it is loaded.
+    A file is mapped, and what was read of it stays in memory as long as it is open: it is opened anew every `KEPT`
+    bytes, so that a model is not there twice while it is loaded.
     """
 
     KEPT = 1 << 26

@@ -72,7 +72,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             h = h_TH[rows].to(kind)
             nll_T[rows], dlogits = nll_and_gradient(h @ weight.T, labels_T[rows], weights_T[rows], need_h or need_w)
             if dh is not None:
-                dh[rows] = dlogits @ weight
+                dh[rows] = (dlogits @ weight).to(dh.dtype)
             if need_w:
                 dw = weight_gradient(dlogits, h, dtype, dw)
         if need_w and dw is None:

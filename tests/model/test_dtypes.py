@@ -6,7 +6,7 @@ further from float32.
 
 import pytest
 import torch
-from nemo_lite_kernels import OPS, cpu
+from nemo_lite_kernels import OPS, common, cpu
 from tiny import Watch, random_ids, tiny_config, tiny_model
 
 from nemo_lite.model.hybrid import HybridLM
@@ -30,6 +30,12 @@ KERNELS = [
     pytest.param(TORCH, id="torch"),
     pytest.param(None, id="cpp", marks=pytest.mark.skipif(cpu.reason() is not None, reason=str(cpu.reason()))),
 ]
+
+
+@pytest.fixture(autouse=True)
+def products(request, monkeypatch):
+    """Whether this CPU's torch multiplies bfloat16: it does, wherever the test does not say otherwise."""
+    monkeypatch.setattr(common, "_multiplies_bfloat16", lambda: getattr(request, "param", True))
 
 
 def variants(name, kernels=TORCH):
@@ -106,6 +112,30 @@ def error(model, autocast, ids, exact, decoded):
         ]
         logits = torch.cat([out.logits for out in parts], 1)
     return float((logits.float() - exact).std() / exact.std())
+
+
+@pytest.mark.parametrize("products", [False], indirect=True)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_products_widened_where_the_cpu_has_none(products, kernels, monkeypatch):
+    model, _ = variants("dtype=bfloat16", kernels)
+    ids = random_ids(model.config, 2, 90)  # long enough for the paths of many rows
+
+    def run():
+        model.zero_grad()
+        with Watch() as watch:
+            out = model(ids, labels=ids)
+            out.loss.backward()
+        return watch, out, {name: p.grad.float() for name, p in model.named_parameters()}
+
+    watch, out, gradients = run()
+    for _, args, _ in watch.named("mm", "addmm", "linear", "bmm", "_scaled_dot_product_flash_attention_for_cpu"):
+        assert all(t.dtype == torch.float32 for t in args if t.dim() >= 2)
+    assert out.logits.dtype == out.hidden.dtype == HALF
+    monkeypatch.setattr(common, "_multiplies_bfloat16", lambda: True)
+    _, narrow, wanted = run()
+    assert abs(out.loss.item() - narrow.loss.item()) < 0.01
+    for name, gradient in gradients.items():
+        assert float((gradient - wanted[name]).norm()) < 0.1 * float(wanted[name].norm()) + 1e-6, name
 
 
 @pytest.mark.parametrize("decoded", [0, 36])

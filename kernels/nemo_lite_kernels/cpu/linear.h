@@ -92,8 +92,9 @@ struct Rows {
   }
 };
 
-constexpr int TILE_TOKENS = W == 16 ? 6 : 3, PACKED_TOKENS = 8;  // as many tokens at once as there are registers for sums
-constexpr int PANEL = 16, STREAMS = 4;
+constexpr int PANEL = 16, STREAMS = 4, PACKED_TOKENS = 8;
+// Tokens at once for so many weight rows at once: as there are registers for sums.
+constexpr int tile_tokens(int rows) { return W == 16 ? 6 : rows == STREAMS ? 3 : 4; }
 
 // Weights come from memory. The hardware's prefetching ends at every page; this does not.
 constexpr int64_t AHEAD = W == 16 ? 4096 : 512;
@@ -200,7 +201,8 @@ INLINE void block(const bf16* const* x, const bf16* const* w, int64_t K, const i
 template <int R, typename X, typename T>
 static __attribute__((noinline)) void strip(const X* x, int64_t width, const int32_t* token, int64_t count, const T* w,
                                             int64_t K, int64_t apart, int n, float (*y)[STREAMS * PANEL]) {
-  const int64_t tiles = (count + TILE_TOKENS - 1) / TILE_TOKENS;
+  constexpr int MOST = tile_tokens(R);
+  const int64_t tiles = (count + MOST - 1) / MOST;
   for (int i = 0; i < n; i++) {
     const T* rows[R];
     for (int r = 0; r < R; r++) rows[r] = w + (r * apart + i) * K;
@@ -210,7 +212,7 @@ static __attribute__((noinline)) void strip(const X* x, int64_t width, const int
       int64_t ahead[R];
       for (int r = 0; r < R; r++) ahead[r] = tiles == 1 ? AHEAD : r % tiles == t ? K * (int64_t)sizeof(T) : 0;
       const int m = (int)((count - first + tiles - t - 1) / (tiles - t));
-      const X* xs[TILE_TOKENS];
+      const X* xs[MOST];
       for (int j = 0; j < m; j++) xs[j] = x + token[first + j] * width;
       auto tile = [&](auto tokens) {
         constexpr int M = decltype(tokens)::value;
@@ -223,9 +225,9 @@ static __attribute__((noinline)) void strip(const X* x, int64_t width, const int
         case 1: tile(Int<1>{}); break;
         case 2: tile(Int<2>{}); break;
         case 3: tile(Int<3>{}); break;
-        case 4: tile(Int<std::min(4, TILE_TOKENS)>{}); break;
-        case 5: tile(Int<std::min(5, TILE_TOKENS)>{}); break;
-        default: tile(Int<TILE_TOKENS>{}); break;
+        case 4: tile(Int<std::min(4, MOST)>{}); break;
+        case 5: tile(Int<std::min(5, MOST)>{}); break;
+        default: tile(Int<MOST>{}); break;
       }
       first += m;
     }
@@ -422,20 +424,23 @@ INLINE void dense_product(const Weight& w, const X* x, int64_t width, const int3
   constexpr int64_t MOST = 32;  // tokens at once
   float y[MOST][STREAMS * PANEL];
   const T* rows = (const T*)w.data;
-  const int64_t apart = (last - first) / STREAMS;
   for (int64_t begin = 0; begin < count; begin += MOST) {
     const int64_t m = std::min(MOST, count - begin);
-    auto strips = [&](auto streams, int64_t from, int64_t to, int64_t between) {
+    int64_t row = first;
+    auto strips = [&](auto streams) {
       constexpr int R = decltype(streams)::value;
-      for (int64_t i = from; i < to; i += PANEL) {
-        const int n = (int)std::min<int64_t>(PANEL, to - i);
-        strip<R>(x, width, token + begin, m, rows + i * w.cols, w.cols, between, n, y);
+      const int64_t apart = (last - row) / R;
+      for (int64_t i = row; i < row + apart; i += PANEL) {
+        const int n = (int)std::min<int64_t>(PANEL, row + apart - i);
+        strip<R>(x, width, token + begin, m, rows + i * w.cols, w.cols, apart, n, y);
         for (int64_t j = 0; j < m; j++)
-          for (int s = 0; s < R; s++) out(begin + j, i + s * between, y[j] + s * PANEL, n);
+          for (int s = 0; s < R; s++) out(begin + j, i + s * apart, y[j] + s * PANEL, n);
       }
+      row += R * apart;
     };
-    strips(Int<STREAMS>{}, first, first + apart, apart);
-    strips(Int<1>{}, first + STREAMS * apart, last, 0);
+    if (m > tile_tokens(STREAMS)) strips(Int<STREAMS - 1>{});
+    else strips(Int<STREAMS>{});
+    strips(Int<1>{});
   }
 }
 

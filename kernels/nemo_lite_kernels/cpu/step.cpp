@@ -367,20 +367,20 @@ struct Step {
       int64_t block_at = part.table[b * part.table_width + key / size];
       int64_t n = std::min(to, (key / size + 1) * size) - key;
       const S* k = (const S*)part.a_out[index] + ((block_at * size + key % size) * K + head) * D;
-      for (int64_t i = 0; i < L * r; i += TILE_TOKENS) {
-        const float* q[TILE_TOKENS];
-        int m = (int)std::min<int64_t>(TILE_TOKENS, L * r - i);
-        for (int j = 0; j < TILE_TOKENS; j++) {
+      constexpr int R = STREAMS - 1, M = tile_tokens(R);
+      const int64_t ahead[R] = {AHEAD, AHEAD, AHEAD};
+      for (int64_t i = 0; i < L * r; i += M) {
+        const float* q[M];
+        int m = (int)std::min<int64_t>(M, L * r - i);
+        for (int j = 0; j < M; j++) {
           int64_t query = i + std::min(j, m - 1);
           q[j] = wide.x + (t + query / r) * wide.width + (head * r + query % r) * D;
         }
-        constexpr int R = 4;
-        const int64_t ahead[R] = {AHEAD, AHEAD, AHEAD, AHEAD};
         for (int64_t c = 0; c < n; c += R) {
-          float y[TILE_TOKENS][R];
+          float y[M][R];
           const S* rows[R];
           for (int r = 0; r < R; r++) rows[r] = k + std::min(c + r, n - 1) * K * D;
-          block<R, TILE_TOKENS>(q, rows, D, ahead, y);
+          block<R, M>(q, rows, D, ahead, y);
           for (int j = 0; j < m; j++)
             for (int64_t one = 0; one < std::min<int64_t>(R, n - c); one++)
               s[(i + j) * KEYS + key - from + c + one] = y[j][one] * scale;
