@@ -178,11 +178,6 @@ class Rows:
         block_B = self.table_BN.gather(1, (self.starts_B // PLACES)[:, None])[:, 0]
         self.places_B.copy_(block_B * PLACES + self.starts_B % PLACES)
 
-    def attend(self, q_BLAD, k, v, _starts):
-        from nemo_lite_kernels.triton.attention import attention_paged
-
-        return attention_paged(q_BLAD, k, v, self.table_BN, self.starts_B)
-
     def saved(self) -> list:
         return [t.clone() for state in self.states if isinstance(state, Mamba) for t in (state.window, state.state)]
 
@@ -223,10 +218,12 @@ class Keys:
     def __init__(self, rows: Rows, k, v):
         self.rows, self.k, self.v = rows, k, v
 
-    def append(self, k_BLKD, v_BLKD, ctx):
+    def attend(self, q_BLAD, k_BLKD, v_BLKD, ctx, ops):
+        from nemo_lite_kernels.triton.attention import attention_paged
+
         for pool, new in ((self.k, k_BLKD), (self.v, v_BLKD)):
             pool.flatten(0, 1).index_copy_(0, self.rows.places_B, new[:, 0])
-        return self.k, self.v
+        return attention_paged(q_BLAD, self.k, self.v, self.rows.table_BN, self.rows.starts_B)
 
 
 def stepper(model, rows: Rows, ids_B):
@@ -237,9 +234,6 @@ def stepper(model, rows: Rows, ids_B):
         ids_B.copy_(model.head(model.trunk(ids_B, rows.ctx)).argmax(-1))
         rows.starts_B.add_(1)
 
-    for layer in model.layers:
-        if layer.kind == "*":
-            layer.mixer.attention_cached = rows.attend
     return step
 
 

@@ -308,12 +308,12 @@ def measure_verification(model, ids, repeats: int) -> dict[str, Any]:
     }
 
 
-def multiplied_bf16():
-    """The dtype in which this CPU multiplies bfloat16 fastest: float32 where torch has no product for it."""
+def widens_bf16() -> bool:
+    """Whether torch has no bfloat16 product on this CPU, so that float32 is the fastest way."""
     import torch
     from nemo_lite_kernels.common import product_dtype
 
-    return product_dtype(torch.empty(0, dtype=torch.bfloat16))
+    return product_dtype(torch.empty(0, dtype=torch.bfloat16)) == torch.float32
 
 
 def measure_limits(threads: int, sizes_mb: list[int]) -> dict[str, Any]:
@@ -332,7 +332,7 @@ def measure_limits(threads: int, sizes_mb: list[int]) -> dict[str, Any]:
 
     limits: dict[str, Any] = {"threads": threads}
     with OtherCPU() as others:
-        for name, dtype in (("fp32", torch.float32), ("bf16", multiplied_bf16())):
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.float32 if widens_bf16() else torch.bfloat16)):
             a, b = torch.rand(2048, 2048, dtype=dtype), torch.rand(2048, 2048, dtype=dtype)
             limits[f"gemm_{name}_gflops"] = round(fastest(lambda a=a, b=b: a @ b, 2 * 2048**3), 1)
         memory = torch.ones(2**28)
@@ -450,7 +450,7 @@ def settings(job: Job, name: str) -> list[str]:
     """The ways to run a peer among which the fastest is taken."""
     if name == "transformers":
         experts = ["grouped_mm", "eager"]
-        if job.dtype == "bf16" and str(multiplied_bf16()) == "torch.float32":
+        if job.dtype == "bf16" and widens_bf16():
             return [f"float32 {way}" for way in experts]  # in bfloat16 a step takes minutes here
         if job.work == "train" and job.dtype == "bf16":
             return [f"{kind} {way}" for kind in ("autocast", "bfloat16") for way in experts]

@@ -122,15 +122,23 @@ def _peer_row(row: dict[str, Any]) -> list[str]:
     ours, name = row["nemo_lite"], row.get("peer", "transformers")
     peer = row[name]
     return [
-        row["work"], row["dtype"], str(row["threads"]), _shape(row), _number(ours["tokens_per_second"]), name,
-        _number(peer["tokens_per_second"]), f"**{row['speedup']:.2f}x**", _range(row["speedup_by_round"]),
-        _number(ours["peak_mb"]), _number(peer["peak_mb"]), "yes" if row["noisy"] else "no",
+        row["config"], row["work"], row["dtype"], str(row["threads"]), _shape(row),
+        _number(ours["tokens_per_second"]), _peer_name(row), _number(peer["tokens_per_second"]),
+        f"**{row['speedup']:.2f}x**", _range(row["speedup_by_round"]), _number(ours["peak_mb"]),
+        _number(peer["peak_mb"]), "yes" if row["noisy"] else "no",
     ]  # fmt: skip
 
 
+def _peer_name(row: dict[str, Any]) -> str:
+    """The faster peer, and that it computed in float32 where bfloat16 would have been slower for it."""
+    name = row.get("peer", "transformers")
+    wider = row["dtype"] == "bf16" and row[name].get("setting", "").startswith("float32")
+    return f"{name} in fp32" if wider else name
+
+
 PEER_HEADER = [
-    "work", "dtype", "threads", "shape", "nemo_lite tok/s", "peer", "its tok/s", "speedup", "by round", "nemo_lite MB",
-    "its MB", "noisy",
+    "model", "work", "dtype", "threads", "shape", "nemo_lite tok/s", "peer", "its tok/s", "speedup", "by round",
+    "nemo_lite MB", "its MB", "noisy",
 ]  # fmt: skip
 
 
@@ -140,8 +148,9 @@ PEERS_INTRO = """\
 Training steps, prefill and decode of the same random model in nemo_lite, transformers and llama.cpp, each measurement
 in a process of its own, ours and theirs in turn; the faster peer counts. Shape is rows x tokens (decode: + new tokens).
 Tokens per second are medians over rounds; the speedup is the median of the rounds' ratios, with their range beside it;
-MB is peak resident memory. bf16 training keeps float32 weights. *Noisy* means that other processes took more than 5 %
-of the machine in some round.
+MB is peak resident memory. bf16 training keeps float32 weights. On a CPU without bfloat16 products transformers is
+measured in float32, which is many times faster there. *Noisy* means that other processes took more than 5 % of the
+machine in some round.
 """
 
 
@@ -179,12 +188,18 @@ def _peers(found: list[dict[str, Any]]) -> list[str]:
     for each in found:
         config = ", ".join(dict.fromkeys(row["config"] for row in each["rows"]))
         lines += [
-            f"### {config}",
+            f"### {config}, {each['machine']['cpu']}",
             "",
             *_source(each),
             *_table(PEER_HEADER, [_peer_row(row) for row in each["rows"] if "speedup" in row]),
             "",
         ]
+        checks = [
+            f"{row['verify_over_step']:.2f} ({row['config']}, {row['dtype']}, {row['threads']} threads)"
+            for row in each["rows"] if "verify_over_step" in row
+        ]  # fmt: skip
+        if checks:
+            lines += [f"Verifying 4 tokens of one request and keeping them, in decode steps: {', '.join(checks)}.", ""]
     return lines
 
 
@@ -324,31 +339,38 @@ def numbers(folder: Path = RESULTS) -> str:
         ]
     else:
         lines += ["The demo's model: not measured yet; `python benchmarks/demo.py` writes it.", ""]
-    shown: dict[tuple[str, ...], list[str]] = {}
-    sources = []
-    for found in _read(folder, "peers_*.json"):
+    shown: dict[str, dict[tuple[str, ...], list[str]]] = {}  # by CPU
+    sources: dict[str, list[str]] = {}
+
+    def rank(found: dict[str, Any]) -> tuple[bool, str]:
+        return not found.get("quick", False), found.get("finished", "")
+
+    for found in sorted(_read(folder, "peers_*.json"), key=rank, reverse=True):
+        cpu = found["machine"]["cpu"]
+        rows, commands = shown.setdefault(cpu, {}), sources.setdefault(cpu, [])
         most = max(row["threads"] for row in found["rows"])
         for row in (row for row in found["rows"] if row["threads"] == most and "speedup" in row):
             ours, peer = row["nemo_lite"], row[row.get("peer", "transformers")]
             mark = " (noisy)" if row["noisy"] else ""
             key = (row["config"], row["work"], row["dtype"], _shape(row))
-            if key in shown:
+            if key in rows:
                 continue
-            shown[key] = [
+            rows[key] = [
                 f"{row['config']}, {row['work']} {_shape(row)}", f"{row['dtype']}, {row['threads']} threads",
-                _number(ours["tokens_per_second"]), row.get("peer", "transformers"), _number(peer["tokens_per_second"]),
+                _number(ours["tokens_per_second"]), _peer_name(row), _number(peer["tokens_per_second"]),
                 f"**{row['speedup']:.2f}x**{mark}", f"{row['memory_ratio']:.2f}x",
             ]  # fmt: skip
-            if (source := f"`{found['command']}`: {_machine(found['machine'])}") not in sources:
-                sources.append(source)
-    if shown:
-        header = ["beside the faster peer", "format", "nemo_lite tok/s", "peer", "its tok/s", "speedup", "memory"]
-        lines += [*(line for source in sources for line in (source, "")), *_table(header, list(shown.values()))]
-    else:
-        lines.append("Training and decoding beside peers: not measured yet; `make bench` writes it.")
+            if (source := f"`{found['command']}`: {_machine(found['machine'])}") not in commands:
+                commands.append(source)
+    header = ["beside the faster peer", "format", "nemo_lite tok/s", "peer", "its tok/s", "speedup", "memory"]
+    for cpu, rows in shown.items():
+        lines += [line for source in sources[cpu] for line in (source, "")]
+        lines += [*_table(header, list(rows.values())), ""]
+    if not shown:
+        lines += ["Training and decoding beside peers: not measured yet; `make bench` writes it.", ""]
     for found in _read(folder, "serve_step.json"):
-        lines += ["", f"`{found['command']}`: {_machine(found['machine'])}", "", *_engine_table(found["rows"])]
-    return "\n".join(lines)
+        lines += [f"`{found['command']}`: {_machine(found['machine'])}", "", *_engine_table(found["rows"]), ""]
+    return "\n".join(lines[:-1])
 
 
 def _engine_table(rows: list[dict[str, Any]]) -> list[str]:

@@ -29,7 +29,7 @@ def pytest_configure(config):
     sanitize = config.getoption("--sanitize")
     if sanitize is None:
         # Without a compiler the kernels' tests are skipped; kernels that do not compile are a failure.
-        if cpu.compiler_missing() is None and (why := cpu.reason()) is not None:
+        if cpu.unavailable() is None and (why := cpu.reason()) is not None:
             raise pytest.UsageError(f"the CPU kernels: {why}")
         return
     best = cpu.levels()[0]

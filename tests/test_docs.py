@@ -44,6 +44,8 @@ def measured(tmp_path):
     """A folder of results as the benchmarks write them."""
     peers = [peer_row("train", "fp32", 2, 1.5), peer_row("train", "fp32", 1, 1.25)]
     peers.append(peer_row("decode", "bf16", 2, 3.0, batch=1, length=64, new_tokens=32))
+    peers[-1]["transformers"]["setting"] = "float32 eager"
+    peers.append({"work": "verify", "config": "bench_small", "dtype": "bf16", "threads": 2, "verify_over_step": 1.5})
     body = {"command": "python benchmarks/peers.py all", "machine": MACHINE, "rows": peers}
     (tmp_path / "peers_all_bench_small.json").write_text(json.dumps(body))
     evaluation = {
@@ -88,12 +90,11 @@ def test_generated_pages_are_current(generate, name):
 
 def test_results_show_what_was_measured(generate, measured):
     page = generate.results_page(measured)
-    assert (
-        "| train | fp32 | 2 | 4 x 512 | 1,500 | transformers | 1,000 | **1.50x** | 1.40 to 1.60 | 1,000 | 1,000 | no |"
-        in page
-    )
-    decode = "| decode | bf16 | 2 | 1 x 64 + 32 | 3,000 | transformers | 1,000 | **3.00x** | 2.90 to 3.10 |"
-    assert f"{decode} 1,000 | 1,000 | yes |" in page
+    train = "| bench_small | train | fp32 | 2 | 4 x 512 | 1,500 | transformers | 1,000 |"
+    assert f"{train} **1.50x** | 1.40 to 1.60 | 1,000 | 1,000 | no |" in page
+    decode = "| bench_small | decode | bf16 | 2 | 1 x 64 + 32 | 3,000 | transformers in fp32 | 1,000 |"
+    assert f"{decode} **3.00x** | 2.90 to 3.10 | 1,000 | 1,000 | yes |" in page
+    assert "keeping them, in decode steps: 1.50 (bench_small, bf16, 2 threads)." in page
     assert "`python benchmarks/peers.py all`" in page and "commit abc1234 with uncommitted changes." in page
     assert "| held-out bits per byte | 1.457 |" in page and "| gzip -9 on the same files | 2.012 |" in page
     assert "| acceptance length along the text | 2.10 (kept: 70%, 40%) |" in page

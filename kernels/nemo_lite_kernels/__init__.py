@@ -107,7 +107,10 @@ OPS: Mapping[str, Mapping[str, Backend]] = MappingProxyType({
         "cpp": _cpu(ssd="cpu.ssd:ssd"),
         "chunked": Backend({"ssd": "ssd:ssd_chunked"}),
         "recurrent": Backend({"ssd": "ssd:ssd_recurrent"}),
-        "triton": _gpu(ssd="triton.ssd:ssd", ssd_recurrent="triton.ssd:ssd", ssd_verify="triton.ssd:ssd_verify"),
+        "triton": _gpu(
+            ssd="triton.ssd:ssd", ssd_recurrent="triton.ssd:ssd", ssd_verify="triton.ssd:ssd_verify",
+            ssd_advance="triton.ssd:ssd_advance",
+        ),
         "mamba_ssm": _of("mamba_ssm", (torch.float32, *HALVES), ssd="libraries:ssd_mamba_ssm"),
     },
     "conv": {
@@ -123,6 +126,10 @@ OPS: Mapping[str, Mapping[str, Backend]] = MappingProxyType({
         "varlen": _of("varlen", attention="libraries:attention_varlen"),
         "flash_attn": _of("flash_attn", attention="libraries:attention_flash_attn"),
         "flex": _of("flex", (torch.float32, *HALVES), attention="libraries:attention_flex"),
+        "triton": _gpu(
+            (torch.float32, *HALVES), attention="attention:attention",
+            attention_paged="triton.attention:attention_paged",
+        ),
     },
     "experts": {
         "cpp": _cpu(experts="cpu.moe:experts"),
@@ -184,14 +191,16 @@ class Ops:
     step: Callable | None
     ssd_recurrent: Callable
     ssd_verify: Callable
+    ssd_advance: Callable
     attention_cached: Callable
+    attention_paged: Callable
     choices: tuple[dict, ...]
 
 
 # Functions of an op that only some backends have, and where the others' is.
 SHARED = {
-    "ssd_recurrent": "ssd:ssd_recurrent", "ssd_verify": "ssd:ssd_verify",
-    "attention_cached": "attention:attention_cached",
+    "ssd_recurrent": "ssd:ssd_recurrent", "ssd_verify": "ssd:ssd_verify", "ssd_advance": "ssd:ssd_advance",
+    "attention_cached": "attention:attention_cached", "attention_paged": "attention:attention_paged",
 }  # fmt: skip
 
 

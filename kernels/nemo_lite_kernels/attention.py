@@ -1,7 +1,7 @@
 """Causal grouped-query attention without positional embedding.
 
-Shape letters: T tokens of all rows one after the other, B batch, L new tokens, S cache slots, A query heads, K
-key/value heads, D head size.
+Shape letters: T tokens of all rows one after the other, B batch, L new tokens, S cache slots, Nb blocks of b slots, N
+blocks of a row, A query heads, K key/value heads, D head size.
 """
 
 import torch
@@ -66,3 +66,23 @@ def attention_cached(q_BLAD, k_BSKD, v_BSKD, starts: list[int]):
         position_BL = start_B[:, None] + torch.arange(L, device=q.device)
         visible = (torch.arange(S, device=q.device) <= position_BL[..., None])[:, None]
     return _sdpa(q, k, v, attn_mask=visible).transpose(1, 2)
+
+
+def attention_paged(
+    q_BLAD, k_NbKD, v_NbKD, table_BN, starts_B, first: int = 0, *,
+    starts: list[int] | None = None, place: int | None = None,
+):  # fmt: skip
+    """Attention of L new tokens a row over keys and values in blocks [Nb, b, K, D]; [B, L, A, D].
+
+    The blocks hold the new tokens' already. Slot p of row b lies in block table[b, p // b] at p % b, its slots begin at `first`, and its new token i stands in
+    slot first + starts[b] + i. What the host knows saves waiting for the device: `starts`, and `place`, where slot 0 of
+    a single row lies whose blocks are neighbours. Other rows' blocks are gathered.
+    """
+    starts = starts_B.tolist() if starts is None else starts
+    slots = slice(first, first + max(starts, default=0) + q_BLAD.shape[1])
+    if place is not None:
+        k, v = (t.flatten(0, 1)[None, place:][:, slots] for t in (k_NbKD, v_NbKD))
+    else:
+        blocks = (t.index_select(0, table_BN.flatten()) for t in (k_NbKD, v_NbKD))
+        k, v = (t.view(len(table_BN), -1, *t.shape[2:])[:, slots] for t in blocks)
+    return attention_cached(q_BLAD, k, v, starts)

@@ -12,6 +12,7 @@ from torch import Tensor
 from nemo_lite_kernels.common import product_dtype
 
 PANEL = 16
+AT_ONCE = 1 << 20  # weights that are packed at a time
 GROUPS = (32, 64, 128)
 
 
@@ -40,7 +41,7 @@ class PackedWeight:
         scales = torch.empty(*stack, panels, groups, PANEL, dtype=torch.float16, device=weight.device)
         flat = weight.detach().reshape(-1, N, K)
         # A few panels at a time: what is needed beside the result stays small.
-        some = max(1, (1 << 20) // (PANEL * K))
+        some = max(1, AT_ONCE // (PANEL * K))
         for w, c, s in zip(flat, codes.view(-1, *codes.shape[-4:]), scales.view(-1, *scales.shape[-3:])):
             for first in range(0, panels, some):
                 part = w[first * PANEL : (first + some) * PANEL].float()

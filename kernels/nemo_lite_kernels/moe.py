@@ -74,13 +74,13 @@ def _one_token(x_1L, expert_1k, weight_1k, up_EFL, down_ELF):
 def _all_experts(x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF):
     """Small experts, many of them hit: two batched products over all of them take less time than starting one a piece.
     An expert that a token did not choose has weight 0 there."""
-    dtype = accumulate_dtype(x_TL)
+    dtype, kind = accumulate_dtype(x_TL), product_dtype(x_TL)
     T, E = x_TL.shape[0], up_EFL.shape[0]
     weight_TE = torch.zeros(T, E + 1, dtype=dtype, device=x_TL.device)
     weight_TE.scatter_add_(1, expert_Tk + 1, weight_Tk.to(dtype))  # column 0: copies that are not computed
-    h_ETF = torch.matmul(x_TL, up_EFL.to(x_TL.dtype).transpose(1, 2)).relu_()
+    h_ETF = torch.matmul(x_TL.to(kind), up_EFL.to(kind).transpose(1, 2)).relu_()
     h_ETF = h_ETF.mul_(h_ETF).mul_(weight_TE[:, 1:].T.unsqueeze(-1))
-    return torch.bmm(h_ETF, down_ELF.to(x_TL.dtype).transpose(1, 2)).sum(0, dtype=dtype).to(x_TL.dtype)
+    return torch.bmm(h_ETF, down_ELF.to(kind).transpose(1, 2)).sum(0, dtype=dtype).to(x_TL.dtype)
 
 
 def _few_tokens(x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF):

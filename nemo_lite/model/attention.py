@@ -19,7 +19,7 @@ class Attention(nn.Module):
         self.k_proj = layers.column_linear(f"{name}.k_proj", config.hidden_size, kv)
         self.v_proj = layers.column_linear(f"{name}.v_proj", config.hidden_size, kv)
         self.o_proj = layers.row_linear(f"{name}.o_proj", q, config.hidden_size)
-        self.attention, self.attention_cached = layers.ops.attention, layers.ops.attention_cached
+        self.ops = layers.ops
 
     def forward(self, x_TH: Tensor, ctx: Context, index: int = 0) -> tuple[Tensor, None]:
         q_TAD, k_TKD, v_TKD = (
@@ -31,7 +31,6 @@ class Attention(nn.Module):
     def _attend(self, ctx: Context, q_TAD: Tensor, k_TKD: Tensor, v_TKD: Tensor, index: int) -> Tensor:
         if ctx.stream is None:
             assert ctx.lengths is not None
-            return self.attention(q_TAD, k_TKD, v_TKD, ctx.lengths)
+            return self.ops.attention(q_TAD, k_TKD, v_TKD, ctx.lengths)
         q, k, v = (t.unflatten(0, (ctx.batch, ctx.length)) for t in (q_TAD, k_TKD, v_TKD))
-        keys, values = ctx.stream.states[index].append(k, v, ctx)
-        return self.attention_cached(q, keys, values, ctx.starts).flatten(0, 1)
+        return ctx.stream.states[index].attend(q, k, v, ctx, self.ops).flatten(0, 1)

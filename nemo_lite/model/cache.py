@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from nemo_lite_kernels.ssd import ssd_advance
 from torch import Tensor
 
 from nemo_lite import pattern as patterns
@@ -28,17 +27,18 @@ from nemo_lite.model.context import Context
 
 @dataclass
 class Replay:
-    """The inputs of one tentative scan, and the state before it, as :func:`ssd_advance` takes them."""
+    """The inputs of one tentative scan, the state before it, and the op `ssd_advance` that takes them."""
 
     x_BLHP: Tensor
     dt_BLH: Tensor
     A_H: Tensor
     B_BLGN: Tensor
     state_BHPN: Tensor
+    advance: Callable
 
     def after(self, counts_B: Tensor) -> Tensor:
         """The state [B, H, P, N] after the first counts_B tokens."""
-        return ssd_advance(self.x_BLHP, self.dt_BLH, self.A_H, self.B_BLGN, self.state_BHPN, counts_B)
+        return self.advance(self.x_BLHP, self.dt_BLH, self.A_H, self.B_BLGN, self.state_BHPN, counts_B)
 
 
 class MambaState:
@@ -127,6 +127,10 @@ class KVState:
     def __init__(self):
         self.k: Tensor | None = None
         self.v: Tensor | None = None
+
+    def attend(self, q_BLAD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, ctx: Context, ops) -> Tensor:
+        """Append the new tokens' keys and values; their attention over everything up to them, [B, L, A, D]."""
+        return ops.attention_cached(q_BLAD, *self.append(k_BLKD, v_BLKD, ctx), ctx.starts)
 
     def append(self, k_BLKD: Tensor, v_BLKD: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """Write the valid new tokens behind each row's slots; the slots in use, [B, S', K, D] each."""

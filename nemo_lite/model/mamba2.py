@@ -41,7 +41,9 @@ class Mamba2(nn.Module):
         self.groups, self.state = layers.local(config.n_groups), config.ssm_state_size
         self.chunk, self.limit = config.chunk_size, tuple(config.time_step_limit)
         ops = layers.ops
-        self.ssd, self.ssd_recurrent, self.ssd_verify = ops.ssd, ops.ssd_recurrent, ops.ssd_verify
+        self.ssd, self.ssd_recurrent, self.ssd_verify, self.ssd_advance = (
+            ops.ssd, ops.ssd_recurrent, ops.ssd_verify, ops.ssd_advance,
+        )  # fmt: skip
         segments = (inner, inner, gn, gn, heads)
         self.in_proj = layers.column_linear(f"{name}.in_proj", config.hidden_size, sum(segments), segments)
         self.conv1d = Conv(config, layers, f"{name}.conv1d")
@@ -80,7 +82,7 @@ class Mamba2(nn.Module):
             if state is None:
                 state = dt_BLH.new_zeros(B, self.heads, self.head_dim, self.state)
             y_BLHP = self.ssd_verify(x_BLHP, dt_BLH, A_H, b_BLGN, c_BLGN, self.D, state)
-            carried.hold(xBC_BLC, Replay(x_BLHP, dt_BLH, A_H, b_BLGN, state), ctx)
+            carried.hold(xBC_BLC, Replay(x_BLHP, dt_BLH, A_H, b_BLGN, state, self.ssd_advance), ctx)
         else:
             scan = self.ssd if L > 1 else self.ssd_recurrent
             y_BLHP, new_state = scan(

@@ -20,7 +20,6 @@ from functools import cached_property
 
 import torch
 from nemo_lite_kernels.quant import stochastic_round
-from nemo_lite_kernels.ssd import ssd_advance
 from torch import Tensor
 
 from nemo_lite import pattern as patterns
@@ -150,21 +149,26 @@ class Part:
         return torch.tensor(self.slots, device=self.pool.device)
 
     @cached_property
-    def place(self) -> int | None:
-        """The first place of a single row whose blocks lie side by side."""
-        seq = self.seqs[0]
-        return seq.blocks[0] * self.pool.block_size if len(self.seqs) == 1 and seq.contiguous else None
-
-    @cached_property
     def table_BN(self) -> Tensor:
         blocks, n = self._table()
         return torch.tensor(blocks, device=self.pool.device).view(-1, n)
 
     @cached_property
+    def place(self) -> int | None:
+        """Where position 0 lies, for a single row whose blocks are neighbours."""
+        if len(self.seqs) > 1:
+            return None
+        blocks, n = self._table()
+        return blocks[0] * self.pool.block_size if blocks == list(range(blocks[0], blocks[0] + n)) else None
+
+    @cached_property
+    def starts_B(self) -> Tensor:
+        return torch.tensor(self.starts, device=self.pool.device)
+
+    @cached_property
     def places_T(self) -> Tensor:
-        device, size = self.pool.device, self.pool.block_size
-        columns = torch.arange(self.first, self.first + self.length, device=device)
-        position_BL = torch.tensor(self.starts, device=device)[:, None] + columns
+        size, columns = self.pool.block_size, torch.arange(self.length, device=self.pool.device)
+        position_BL = self.starts_B[:, None] + self.first + columns
         block_BL = self.table_BN.gather(1, position_BL // size)
         return (block_BL * size + position_BL % size).flatten()
 
@@ -232,7 +236,7 @@ class Part:
         )
         A = torch.stack([replay.A_H for replay in replays])
         A = A.repeat_interleave(B, 0) if B > 1 else A
-        state = ssd_advance(x, dt, A, b, state, counts_B.repeat(M))
+        state = replays[0].advance(x, dt, A, b, state, counts_B.repeat(M))
         self.write(windows, window, dim=1)
         state = state.unflatten(0, (M, B))
         self.write(states, self.rounded(state, range(M), counts_B) if self.pool.rounds else state, dim=1)
@@ -241,7 +245,7 @@ class Part:
         """States in half precision. Rounding to the nearest loses what is small beside the state, always to the same
         side; stochastic rounding does not. The noise is a function of layer and position alone."""
         M, B = state_MBHPN.shape[:2]
-        after_B = torch.tensor(self.starts, device=state_MBHPN.device) + counts_B
+        after_B = self.starts_B + counts_B
         stream = torch.tensor(layers, device=after_B.device).repeat_interleave(B)
         offset = after_B.repeat(M)
         flat = stochastic_round(
@@ -294,20 +298,13 @@ class PagedKV:
     def __init__(self, part: Part, k: Tensor, v: Tensor):
         self.part, self.k, self.v = part, k, v
 
-    def append(self, k_BLKD: Tensor, v_BLKD: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        return self._append(self.k, k_BLKD), self._append(self.v, v_BLKD)
-
-    def _append(self, pool: Tensor, new_BLKD: Tensor) -> Tensor:
-        """Write the new rows; everything up to them, [B, places, K, D]."""
-        part, flat = self.part, pool.flatten(0, 1)
-        if part.place is not None:
-            low, high = part.place + part.first, part.place + part.end
-            flat[high - part.length : high] = new_BLKD[0]
-            return flat[low:high][None]
-        flat.index_copy_(0, part.places_T, new_BLKD.flatten(0, 1))
-        B, N = part.table_BN.shape
-        everything = pool.index_select(0, part.table_BN.flatten()).view(B, N * pool.shape[1], *pool.shape[2:])
-        return everything[:, part.first : part.end]
+    def attend(self, q_BLAD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor, ctx: Context, ops) -> Tensor:
+        part = self.part
+        for pool, new_BLKD in ((self.k, k_BLKD), (self.v, v_BLKD)):
+            pool.flatten(0, 1).index_copy_(0, part.places_T, new_BLKD.flatten(0, 1))
+        return ops.attention_paged(
+            q_BLAD, self.k, self.v, part.table_BN, part.starts_B, part.first, starts=part.starts, place=part.place
+        )
 
 
 def _context(parts: Rows[Part]) -> Context:

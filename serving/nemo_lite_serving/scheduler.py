@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from nemo_lite.generate import Draws
@@ -31,7 +30,6 @@ class Sequence:
     mtp_computed: int = 0  # positions the MTP block has read with their true trunk output
     hidden: list = field(default_factory=list)  # trunk outputs [n, H] of the positions between the two, in pieces
     blocks: list[int] = field(default_factory=list)
-    contiguous: bool = True  # blocks are neighbours: a view can replace a gather
     slot: int | None = None  # of the Mamba states; None: not running
     drafts: list[int] = field(default_factory=list)
     draft_probs: Any = None  # [K, V] that the drafts were drawn from; None: they are certain
@@ -190,7 +188,6 @@ class Scheduler:
         if taken is None:
             return False
         seq.blocks += taken
-        seq.contiguous = seq.blocks[-1] - seq.blocks[0] == len(seq.blocks) - 1 and _ascending(seq.blocks)
         return True
 
     def _room_or_preempt(self, seq: Sequence, positions: int) -> bool:
@@ -213,7 +210,7 @@ class Scheduler:
 
     def _release(self, seq: Sequence) -> None:
         self.blocks.release_blocks(seq.blocks)
-        seq.blocks, seq.contiguous = [], True
+        seq.blocks = []
         if seq.slot is not None:
             self.blocks.release_slot(seq.slot)
             seq.slot = None
@@ -237,7 +234,6 @@ class Scheduler:
         if not fits or slot is None:
             self._release(seq)
             return False
-        seq.contiguous = _ascending(seq.blocks)
         if snapshot is None:
             self.clear_slot(slot)
         else:
@@ -304,7 +300,3 @@ class Scheduler:
     def check(self) -> None:
         """Raise AssertionError if memory is lost or held twice."""
         self.blocks.check([(seq.blocks, seq.slot) for seq in self.running])
-
-
-def _ascending(blocks: list[int]) -> bool:
-    return all(b == a + 1 for a, b in pairwise(blocks))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from nemo_lite_kernels import OPS, load
-from nemo_lite_kernels.attention import attention_cached, attention_masked
+from nemo_lite_kernels.attention import attention_cached, attention_masked, attention_paged
 from tiny import TOLERANCE, assert_close
 
 BACKENDS = [
@@ -73,3 +73,28 @@ def test_new_tokens_over_a_cache(starts, L):
             padded = torch.zeros(end, 4, 4, dtype=torch.float64)
             padded[-1] = q[b, i]
             assert_close(y[b, i], attention_masked(padded, k[b, :end], v[b, :end], [end])[-1], 1e-12)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("blocks", [[3, 4, 5], [4, 0, 2], [[1, 4, 0], [5, 3, 2]]], ids=str)
+def test_slots_in_blocks(blocks, first):
+    """Neighbouring blocks, others, two rows: what lies in the blocks besides the rows' slots is not seen."""
+    table, size, L = torch.tensor(blocks).view(-1, 3), 4, 2
+    generator = torch.Generator().manual_seed(2)
+    starts = [5, 3][: len(table)]
+    q, k, v = (
+        torch.randn((len(table), n, h, 4), generator=generator, dtype=torch.float64)
+        for n, h in ((L, 4), (max(starts) + L, 2), (max(starts) + L, 2))
+    )
+    pools = []
+    for of_rows in (k, v):
+        pool = torch.full((6, size, 2, 4), 1e3, dtype=torch.float64)
+        for b in range(len(table)):
+            for p in range(of_rows.shape[1]):
+                pool[table[b, (first + p) // size], (first + p) % size] = of_rows[b, p]
+        pools.append(pool)
+    wanted = attention_cached(q, k, v, starts)
+    assert_close(attention_paged(q, *pools, table, torch.tensor(starts), first), wanted, 1e-12)
+    if blocks == [3, 4, 5]:
+        y = attention_paged(q, *pools, table, torch.tensor(starts), first, starts=starts, place=3 * size)
+        assert_close(y, wanted, 1e-12)

@@ -114,7 +114,8 @@ def test_sizes_are_those_of_the_recipes(config):
 def test_every_op_but_the_whole_step_is_measured():
     assert set(cases.FUNCTIONS) == set(main.OPS) - {"step"}
     functions = {name for op in cases.FUNCTIONS for b in main.OPS[op].values() for name in b.functions}
-    functions -= {"ssd_recurrent"}  # ssd for one token
+    # ssd for one token; and what the server does on a GPU, which benchmarks/gpu_decode.py measures.
+    functions -= {"ssd_recurrent", "ssd_advance", "attention_paged"}
     assert functions <= {case.function for case in TINY}
 
 

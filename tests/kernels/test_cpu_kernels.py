@@ -18,10 +18,9 @@ def level(request):
     if request.param not in cpu.levels():
         pytest.skip(f"this machine has no {request.param}")
     before = cpu._variant
-    try:
-        cpu.use(request.param, before[1])
-    except cpu.BuildError as error:
-        pytest.skip(str(error))
+    if (why := cpu.unavailable()) is not None:
+        pytest.skip(why)
+    cpu.use(request.param, before[1])
     yield request.param
     cpu._variant = before
 

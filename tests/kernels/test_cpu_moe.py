@@ -27,10 +27,9 @@ def level(request):
     if name not in cpu.levels():
         pytest.skip(f"this machine has no {name}")
     before = cpu._variant
-    try:
-        cpu.use(name, before[1])
-    except cpu.BuildError as error:
-        pytest.skip(str(error))
+    if (why := cpu.unavailable()) is not None:
+        pytest.skip(why)
+    cpu.use(name, before[1])
     use_amx(request.param == "amx")
     if request.param != "amx" or available():
         yield request.param

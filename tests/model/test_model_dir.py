@@ -10,7 +10,7 @@ from tiny import random_ids, tiny_config, tiny_model
 
 from nemo_lite import HybridLM
 from nemo_lite.config import ModelConfig, MTPConfig, UserError
-from nemo_lite.model.hf import FLOAT32, TABLE, config_from_hf, config_to_hf, rows
+from nemo_lite.model.hf import FLOAT32, TABLE, TensorFiles, config_from_hf, config_to_hf, rows
 
 
 @pytest.fixture
@@ -150,6 +150,18 @@ def test_sharded_with_index(model_dir):
     for (name, a), b in zip(original.state_dict().items(), HybridLM.from_pretrained(model_dir).state_dict().values()):
         assert torch.equal(a, b), name
     pytest.importorskip("transformers").NemotronHForCausalLM.from_pretrained(model_dir)
+
+
+def test_files_are_opened_anew_while_tensors_are_read(model_dir, monkeypatch):
+    wanted = HybridLM.from_pretrained(model_dir).state_dict()
+    monkeypatch.setattr(TensorFiles, "KEPT", 0)
+    files, seen = TensorFiles(model_dir), []
+    for name in sorted(files.names()):
+        seen.append((files.get(name), load_file(files._file[name])[name]))
+        assert len(files._opened) == 1 or len(seen) == 1
+    assert len(seen) > 10 and all(torch.equal(a, b) for a, b in seen)
+    for name, tensor in HybridLM.from_pretrained(model_dir).state_dict().items():
+        assert torch.equal(tensor, wanted[name]), name
 
 
 def test_saving_over_an_older_save_leaves_nothing_stale(model_dir):

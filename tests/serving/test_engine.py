@@ -5,6 +5,7 @@ import functools
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from nemo_lite import HybridLM
 from nemo_lite.config import UserError
 from nemo_lite.data import load_tokenizer
 from nemo_lite.generate import Sampling, generate
+from nemo_lite.model.attention import Attention
+from nemo_lite.model.mamba2 import Mamba2
 
 DOUBLE = torch.float64
 # Every letter alone and together; MTP blocks of attention, of Mamba, of both; and models whose drafts are mostly kept,
@@ -273,6 +276,33 @@ def test_narrow_states_do_not_take_the_fused_step(state, fused):
     found = [run(engine_for(m, mamba_cache_dtype=state, speculative=True), requests) for m in (model, plain)]
     assert bool(fused) == (state == "float32")
     assert found[0] == found[1]
+
+
+def test_the_kernels_for_gpus_in_the_runner():
+    """Paged attention, verification and what is kept of it, in Triton: the tokens of the plain ops."""
+    from kernels.interpreter import DEVICE, kernels
+
+    model = rigged_model(0.5).to(DEVICE)
+    attention, scan, calls = kernels("attention"), kernels("ssd"), []
+
+    def counted(name, function):
+        return lambda *args, **options: calls.append(name) or function(*args, **options)
+
+    ops = replace(model.ops, attention_paged=counted("paged", attention.attention_paged))
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.ops = ops
+        elif isinstance(module, Mamba2):
+            module.ssd_verify = counted("verify", scan.ssd_verify)
+            module.ssd_advance = counted("advance", scan.ssd_advance)
+    model._step = lambda *_: None  # the layers, one after the other
+    prompts = [random_ids(model.config, n, seed=n).tolist() for n in (3, 9, 70)]
+    requests = [Request(str(i), prompt, max_tokens=6) for i, prompt in enumerate(prompts)]
+    tokens = run(engine_for(model, speculative=True), requests)
+    assert set(calls) == {"paged", "verify", "advance"}
+    for i, prompt in enumerate(prompts):
+        assert len(tokens[str(i)]) == 6
+        ties(rigged_model(0.5), prompt, tokens[str(i)], 1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------- prefix cache

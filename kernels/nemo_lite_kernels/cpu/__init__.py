@@ -45,6 +45,7 @@ LEVELS: dict[str, tuple[list[str], set[str]]] = {
     "avx2": (AVX2, {"avx2", "fma", "f16c"}),
     "portable": ([], set()),
 }  # fmt: skip
+MACHINES = ("x86_64", "AMD64", "aarch64", "arm64")
 SANITIZERS = {
     "address": ["-fsanitize=address", "-fno-omit-frame-pointer", "-O1", "-g"],
     "undefined": ["-fsanitize=undefined", "-fno-sanitize-recover=undefined", "-O1", "-g"],
@@ -74,8 +75,10 @@ def _compiler() -> list[str]:
     raise BuildError(f"the compiler {asked!r} (CXX) was not found" if asked else "no C++ compiler (c++, g++, clang++)")
 
 
-def compiler_missing() -> str | None:
-    """Why there is no compiler to build with, or None."""
+def unavailable() -> str | None:
+    """Why there is nothing to build here, a CPU the kernels are not written for or no compiler, or None."""
+    if platform.machine() not in MACHINES:
+        return f"not written for {platform.machine()}"
     try:
         _compiler()
     except BuildError as error:
@@ -167,9 +170,9 @@ class _Lock:
 @functools.cache
 def _loaded(level: str | None, sanitize: str | None) -> ctypes.CDLL | str:
     """The library, or why there is none."""
-    if platform.machine() not in ("x86_64", "AMD64", "aarch64", "arm64"):
-        return f"not written for {platform.machine()}"
     try:
+        if (why := unavailable()) is not None:
+            raise BuildError(why)
         return ctypes.CDLL(str(build(level or levels()[0], sanitize)))
     except (BuildError, OSError) as error:
         print(f"nemo_lite: without the C++ kernels, which are faster: {error}", file=sys.stderr)

@@ -9,6 +9,8 @@
 // The order of every sum depends on K alone: neither on M nor on the number of threads. A token's result is the same
 // bits whatever is computed beside it.
 #pragma once
+#include <type_traits>
+
 #include "amx.h"
 #include "team.h"
 #include "vec.h"
@@ -93,8 +95,10 @@ struct Rows {
 };
 
 constexpr int PANEL = 16, STREAMS = 4, PACKED_TOKENS = 8;
-// Tokens at once for so many weight rows at once: as there are registers for sums.
+// Tokens at once for so many weight rows at once: as many sums as there are registers (and one more, of 4 rows and 3
+// tokens without AVX-512, which is faster all the same). Many tokens want the other shape there: 3 rows, 4 tokens.
 constexpr int tile_tokens(int rows) { return W == 16 ? 6 : rows == STREAMS ? 3 : 4; }
+constexpr int MANY_STREAMS = W == 16 ? STREAMS : STREAMS - 1;
 
 // Weights come from memory. The hardware's prefetching ends at every page; this does not.
 constexpr int64_t AHEAD = W == 16 ? 4096 : 512;
@@ -117,9 +121,7 @@ INLINE __m128 sums4(vf a, vf b, vf c, vf d) {
 }
 #endif
 
-template <int N> struct Int {
-  static constexpr int value = N;
-};
+template <int N> using Int = std::integral_constant<int, N>;
 
 // out[i] = the sum of v[i]: in the same order whatever N is.
 template <int N> INLINE void sums(const vf* v, float* out) {
@@ -154,7 +156,7 @@ INLINE void block(const float* const* x, const T* const* w, int64_t K, const int
       for (int m = 0; m < M; m++) {
         vf a = load(x[m] + k + j);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) acc[m][r] += a * v[r];
+        for (int r = 0; r < R; r++) acc[m][r] = fma(a, v[r], acc[m][r]);
       }
     }
   }
@@ -162,10 +164,10 @@ INLINE void block(const float* const* x, const T* const* w, int64_t K, const int
     int n = (int)std::min<int64_t>(W, K - k);
     for (int m = 0; m < M; m++) {
       vf a = load_part(x[m] + k, n);
-      for (int r = 0; r < R; r++) acc[m][r] += a * load_part(w[r] + k, n);
+      for (int r = 0; r < R; r++) acc[m][r] = fma(a, load_part(w[r] + k, n), acc[m][r]);
     }
   }
-  sums<M * R>(acc[0], out[0]);
+  sums<M * R>(&acc[0][0], &out[0][0]);  // all of both, row after row
 }
 
 #if defined(__AVX512BF16__)
@@ -192,11 +194,11 @@ INLINE void block(const bf16* const* x, const bf16* const* w, int64_t K, const i
       for (int r = 0; r < R; r++) acc[m][r] = (vf)_mm512_dpbf16_ps((__m512)acc[m][r], a, v[r]);
     }
   }
-  sums<M * R>(acc[0], out[0]);
+  sums<M * R>(&acc[0][0], &out[0][0]);  // all of both, row after row
 }
 #endif
 
-// y[j][s * PANEL + i] = row `row + s * apart + i` of the weight times the token[j]-th row of x, for s < R, i < n <= PANEL.
+// y[j][s * PANEL + i] = row `s * apart + i` of w times the token[j]-th row of x, for s < R, i < n <= PANEL.
 // The R rows that are read at once lie apart: on one page they would stand in the way of the hardware's prefetching.
 template <int R, typename X, typename T>
 static __attribute__((noinline)) void strip(const X* x, int64_t width, const int32_t* token, int64_t count, const T* w,
@@ -389,7 +391,6 @@ INLINE void panel_tile(const Weight& w, int64_t panel, const int8_t* const* q, c
 }
 #endif
 
-// A panel of packed weight rows times `count` <= PACKED_TOKENS rows of `in`.
 template <int M>
 INLINE void packed_tile(const Weight& w, const Rows& in, const int32_t* token, int64_t panel, float (*y)[PANEL]) {
   const int8_t* q[M];
@@ -404,8 +405,10 @@ INLINE void packed_tile(const Weight& w, const Rows& in, const int32_t* token, i
   else panel_tile<M, true>(w, panel, q, scale, total, y);
 }
 
-static __attribute__((noinline)) void packed_panel(const Weight& w, const Rows& in, const int32_t* token, int count,
-                                                   int64_t panel, float (*y)[PANEL]) {
+// A panel of packed weight rows times `count` <= PACKED_TOKENS rows of `in`.
+[[maybe_unused]] static __attribute__((noinline)) void packed_panel(const Weight& w, const Rows& in,
+                                                                    const int32_t* token, int count, int64_t panel,
+                                                                    float (*y)[PANEL]) {
   switch (count) {
     case 1: return packed_tile<1>(w, in, token, panel, y);
     case 2: return packed_tile<2>(w, in, token, panel, y);
@@ -438,7 +441,7 @@ INLINE void dense_product(const Weight& w, const X* x, int64_t width, const int3
       }
       row += R * apart;
     };
-    if (m > tile_tokens(STREAMS)) strips(Int<STREAMS - 1>{});
+    if (m > tile_tokens(STREAMS)) strips(Int<MANY_STREAMS>{});
     else strips(Int<STREAMS>{});
     strips(Int<1>{});
   }

@@ -367,8 +367,9 @@ struct Step {
       int64_t block_at = part.table[b * part.table_width + key / size];
       int64_t n = std::min(to, (key / size + 1) * size) - key;
       const S* k = (const S*)part.a_out[index] + ((block_at * size + key % size) * K + head) * D;
-      constexpr int R = STREAMS - 1, M = tile_tokens(R);
-      const int64_t ahead[R] = {AHEAD, AHEAD, AHEAD};
+      constexpr int R = MANY_STREAMS, M = tile_tokens(R);
+      int64_t ahead[R];
+      std::fill(ahead, ahead + R, R * K * D * (int64_t)sizeof(S));
       for (int64_t i = 0; i < L * r; i += M) {
         const float* q[M];
         int m = (int)std::min<int64_t>(M, L * r - i);
@@ -379,7 +380,7 @@ struct Step {
         for (int64_t c = 0; c < n; c += R) {
           float y[M][R];
           const S* rows[R];
-          for (int r = 0; r < R; r++) rows[r] = k + std::min(c + r, n - 1) * K * D;
+          for (int64_t one = 0; one < R; one++) rows[one] = k + std::min(c + one, n - 1) * K * D;
           block<R, M>(q, rows, D, ahead, y);
           for (int j = 0; j < m; j++)
             for (int64_t one = 0; one < std::min<int64_t>(R, n - c); one++)

@@ -65,6 +65,17 @@ INLINE void store(bf16* p, vf v) {
 #endif
 }
 
+// a b + c, rounded once where the CPU has that: said, because compilers fuse some loops and others not.
+INLINE vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && defined(__AVX2__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 INLINE float load1(const float* p) { return *p; }
 INLINE float load1(const bf16* p) {
   uint32_t u = (uint32_t)p->bits << 16;

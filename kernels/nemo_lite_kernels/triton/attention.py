@@ -17,8 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
+from nemo_lite_kernels import attention as reference
 from nemo_lite_kernels.triton.norm import on_device
 
+MANY = 64
 PLACES = {torch.float32: 32, torch.bfloat16: 64, torch.float16: 64}  # keys read at a time
 QUERIES = {torch.float32: 16, torch.bfloat16: 64, torch.float16: 64}  # the most that share them in a program
 
@@ -28,11 +30,18 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def attention_paged(q_BLAD, k_NbKD, v_NbKD, table_BN, starts_B, first: int = 0, *, pieces: int | None = None):
-    """[B, L, A, D]. k and v [Nb, b, K, D] hold the new tokens' already; query l of row b stands in place
-    starts_B[b] + first + l, and starts_B and table_BN are integer tensors on q's device. `pieces`: how many programs
-    share a row (default: enough to fill the device)."""
+def attention_paged(
+    q_BLAD, k_NbKD, v_NbKD, table_BN, starts_B, first: int = 0, *,
+    starts: list[int] | None = None, place: int | None = None, pieces: int | None = None,
+):  # fmt: skip
+    """As ``nemo_lite_kernels.attention.attention_paged``, which also takes what is longer than decoding and verifying.
+
+    starts_B and table_BN are integer tensors on q's device. `pieces`: how many programs share a row (default: enough to
+    fill the device).
+    """
     B, L, A, D = q_BLAD.shape
+    if L > MANY:  # a prompt: torch's attention has more work for a key than this
+        return reference.attention_paged(q_BLAD, k_NbKD, v_NbKD, table_BN, starts_B, first, starts=starts, place=place)
     size, K = k_NbKD.shape[1:3]
     N = table_BN.shape[1]
     q, out = q_BLAD.contiguous(), q_BLAD.new_empty(B, L, A, D)
