@@ -74,9 +74,9 @@ def attention_paged(
 ):  # fmt: skip
     """Attention of L new tokens a row over keys and values in blocks [Nb, b, K, D]; [B, L, A, D].
 
-    The blocks hold the new tokens' already. Slot p of row b lies in block table[b, p // b] at p % b, its slots begin at `first`, and its new token i stands in
-    slot first + starts[b] + i. What the host knows saves waiting for the device: `starts`, and `place`, where slot 0 of
-    a single row lies whose blocks are neighbours. Other rows' blocks are gathered.
+    The blocks hold the new tokens' already. Slot p of row b lies in block table[b, p // b] at p % b, its slots begin at
+    `first`, and its new token i stands in slot first + starts[b] + i. What the host knows saves waiting for the device:
+    `starts`, and `place`, where slot 0 of a single row lies whose blocks are neighbours. Others are gathered.
     """
     starts = starts_B.tolist() if starts is None else starts
     slots = slice(first, first + max(starts, default=0) + q_BLAD.shape[1])
