@@ -247,7 +247,7 @@ class TensorFiles:
     bytes, so that a model is not there twice while it is loaded.
     """
 
-    KEPT = 1 << 26
+    KEPT = 1 << 24
 
     def __init__(self, model_dir: Path):
         index = model_dir / "model.safetensors.index.json"
