@@ -187,13 +187,9 @@ def _peers(found: list[dict[str, Any]]) -> list[str]:
         return [*lines, f"{NOT_MEASURED} `make bench` does it.", ""]
     for each in found:
         config = ", ".join(dict.fromkeys(row["config"] for row in each["rows"]))
-        lines += [
-            f"### {config}, {each['machine']['cpu']}",
-            "",
-            *_source(each),
-            *_table(PEER_HEADER, [_peer_row(row) for row in each["rows"] if "speedup" in row]),
-            "",
-        ]
+        lines += [f"### {config}, {each['machine']['cpu']}", "", *_source(each)]
+        if rows := [_peer_row(row) for row in each["rows"] if "speedup" in row]:
+            lines += [*_table(PEER_HEADER, rows), ""]
         checks = [
             f"{row['verify_over_step']:.2f} ({row['config']}, {row['dtype']}, {row['threads']} threads)"
             for row in each["rows"] if "verify_over_step" in row
@@ -339,38 +335,37 @@ def numbers(folder: Path = RESULTS) -> str:
         ]
     else:
         lines += ["The demo's model: not measured yet; `python benchmarks/demo.py` writes it.", ""]
-    shown: dict[str, dict[tuple[str, ...], list[str]]] = {}  # by CPU
-    sources: dict[str, list[str]] = {}
-
-    def rank(found: dict[str, Any]) -> tuple[bool, str]:
-        return not found.get("quick", False), found.get("finished", "")
-
-    for found in sorted(_read(folder, "peers_*.json"), key=rank, reverse=True):
-        cpu = found["machine"]["cpu"]
-        rows, commands = shown.setdefault(cpu, {}), sources.setdefault(cpu, [])
-        most = max(row["threads"] for row in found["rows"])
-        for row in (row for row in found["rows"] if row["threads"] == most and "speedup" in row):
-            ours, peer = row["nemo_lite"], row[row.get("peer", "transformers")]
-            mark = " (noisy)" if row["noisy"] else ""
-            key = (row["config"], row["work"], row["dtype"], _shape(row))
-            if key in rows:
-                continue
-            rows[key] = [
-                f"{row['config']}, {row['work']} {_shape(row)}", f"{row['dtype']}, {row['threads']} threads",
-                _number(ours["tokens_per_second"]), _peer_name(row), _number(peer["tokens_per_second"]),
-                f"**{row['speedup']:.2f}x**{mark}", f"{row['memory_ratio']:.2f}x",
-            ]  # fmt: skip
-            if (source := f"`{found['command']}`: {_machine(found['machine'])}") not in commands:
-                commands.append(source)
-    header = ["beside the faster peer", "format", "nemo_lite tok/s", "peer", "its tok/s", "speedup", "memory"]
-    for cpu, rows in shown.items():
-        lines += [line for source in sources[cpu] for line in (source, "")]
-        lines += [*_table(header, list(rows.values())), ""]
-    if not shown:
+    if peers := _read(folder, "peers_*.json"):
+        lines += _peers_by_cpu(peers)
+    else:
         lines += ["Training and decoding beside peers: not measured yet; `make bench` writes it.", ""]
     for found in _read(folder, "serve_step.json"):
         lines += [f"`{found['command']}`: {_machine(found['machine'])}", "", *_engine_table(found["rows"]), ""]
     return "\n".join(lines[:-1])
+
+
+def _peers_by_cpu(peers: list[dict[str, Any]]) -> list[str]:
+    """A table of the rows with the most threads, the last full measurement of each, with columns for every CPU."""
+    most = max(row["threads"] for found in peers for row in found["rows"])
+    cells: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    sources: dict[str, None] = {}
+    cpus = dict.fromkeys(found["machine"]["cpu"] for found in peers)
+    for found in sorted(
+        peers, key=lambda found: (not found.get("quick", False), found.get("finished", "")), reverse=True
+    ):
+        cpu = found["machine"]["cpu"]
+        for row in (row for row in found["rows"] if row["threads"] == most and "speedup" in row):
+            here = cells.setdefault((f"{row['config']}, {row['work']} {_shape(row)}", row["dtype"]), {})
+            if cpu not in here:
+                mark = " (noisy)" if row["noisy"] else ""
+                speed = f"**{row['speedup']:.2f}x** {_peer_name(row)}{mark}"
+                here[cpu] = [_number(row["nemo_lite"]["tokens_per_second"]), speed, f"{row['memory_ratio']:.2f}x"]
+                sources[f"`{found['command']}`: {_machine(found['machine'])}"] = None
+    header = [f"{most} threads", "format", *(text for cpu in cpus for text in (f"{cpu}: tok/s", "speedup", "memory"))]
+    body = [
+        [*key, *(text for cpu in cpus for text in here.get(cpu, ["", "", ""]))] for key, here in sorted(cells.items())
+    ]
+    return ["Beside the faster peer:", "", *_table(header, body), "", *(text for s in sources for text in (s, ""))]
 
 
 def _engine_table(rows: list[dict[str, Any]]) -> list[str]:

@@ -108,9 +108,10 @@ def test_results_show_what_was_measured(generate, measured):
 
 def test_the_readme_shows_the_most_threads(generate, measured):
     block = generate.numbers(measured)
-    row = "| bench_small, train 4 x 512 | fp32, 2 threads | 1,500 | transformers | 1,000 | **1.50x** | 0.50x |"
-    assert row in block and "1 threads" not in block
-    assert "**3.00x** (noisy)" in block and "8.0 min" in block
+    assert "| bench_small, train 4 x 512 | fp32 | 1,500 | **1.50x** transformers | 0.50x |" in block
+    assert "1.25x" not in block  # one thread
+    assert "**3.00x** transformers in fp32 (noisy)" in block and "8.0 min" in block
+    assert "| 2 threads | format | Some CPU: tok/s | speedup | memory |" in block
     assert "| demo | fp32, 2 threads | 3,810 | 95% to 95% |" in block
 
 
