@@ -38,16 +38,19 @@ def _choices(asked: dict[str, str], device: str | torch.device):
 
 
 def cpu_facts() -> dict[str, str]:
-    """The C++ kernels: instruction sets, compiler, where the library lies, AMX."""
+    """torch's bfloat16; the C++ kernels: instruction sets, compiler, where the library lies, AMX."""
     from nemo_lite_kernels import cpu
+    from nemo_lite_kernels.common import product_dtype
 
     levels = ", ".join(cpu.levels())
+    widened = product_dtype(torch.empty(0, dtype=torch.bfloat16)) == torch.float32
+    bf16 = {"bfloat16": "torch has no product for it here: multiplied in float32" if widened else "multiplied by torch"}
     if (reason := cpu.reason()) is not None:
-        return {"instruction sets": levels, "C++ kernels": f"not used: {reason}"}
+        return bf16 | {"instruction sets": levels, "C++ kernels": f"not used: {reason}"}
     from nemo_lite_kernels.cpu.dense import available
 
     library = Path(cpu.lib()._name)
-    return {
+    return bf16 | {
         "instruction sets": f"{library.name.split('-')[0]} is used, of {levels}",
         "AMX": "used for products in bfloat16" if available() else "not used: this CPU or its system does not offer it",
         "compiler": cpu._run([*cpu._compiler(), "--version"]).splitlines()[0],

@@ -53,6 +53,7 @@ def test_this_cpu(capsys, monkeypatch):
     if cpu.reason() is None:
         assert facts["instruction sets"].startswith(cpu.levels()[0]) and "portable" in facts["instruction sets"]
         assert facts["library"].endswith(".so") and facts["compiler"] and "used" in facts["AMX"]
+    assert "multiplied" in facts["bfloat16"]
     monkeypatch.setattr(cpu, "reason", lambda: "no C++ compiler (c++, g++, clang++)")
     out = printed(capsys)
     assert dict(rows(out, "This CPU"))["C++ kernels"] == "not used: no C++ compiler (c++, g++, clang++)"
