@@ -6,10 +6,10 @@ that float32 master weights want cast. Here the gradient comes out as float32 su
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_lite_kernels import cpu
+from nemo_lite_kernels import linear as reference
 from nemo_lite_kernels.common import product_dtype
 
 MANY_ROWS = 64
@@ -43,7 +43,7 @@ class _Linear(torch.autograd.Function):
         cast = weight.to(x.dtype)
         ctx.save_for_backward(x, cast)
         ctx.dtype = weight.dtype
-        return _product(x, cast)
+        return reference.linear(x, cast)
 
     @staticmethod
     def backward(ctx, dy):
@@ -58,9 +58,4 @@ def linear(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     """x W^T in x's dtype, differentiable; the gradient of W is in W's dtype and never rounded to x's."""
     if torch.is_grad_enabled() and weight_NK.requires_grad and x_MK.dtype == torch.bfloat16 and x_MK.dim() == 2:
         return _Linear.apply(x_MK, weight_NK)
-    return _product(x_MK, weight_NK.to(x_MK.dtype))
-
-
-def _product(x, weight):
-    kind = product_dtype(x)
-    return F.linear(x.to(kind), weight.to(kind)).to(x.dtype)
+    return reference.linear(x_MK, weight_NK)
