@@ -55,14 +55,24 @@ class Server:
             text=True,
             env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
         )
-        self.printed = []
-        for line in self.process.stdout:
-            self.printed.append(line.strip())
-            if match := re.match(r"serving .* at (http://\S+)", line):
-                self.address = match[1]
-                break
-        else:
-            pytest.fail(self.process.stderr.read())
+        # Both are read to their ends: a request's log line must not wait for room in a pipe.
+        self.printed, self.errors, serving = [], [], threading.Event()
+
+        def read(stream, into):
+            for line in stream:
+                into.append(line.rstrip("\n"))
+                if match := re.match(r"serving .* at (http://\S+)", line):
+                    self.address = match[1]
+                    serving.set()
+            serving.set()
+
+        streams = ((self.process.stdout, self.printed), (self.process.stderr, self.errors))
+        self.readers = [threading.Thread(target=read, args=each, daemon=True) for each in streams]
+        for reader in self.readers:
+            reader.start()
+        assert serving.wait(SECONDS)
+        if not hasattr(self, "address"):
+            pytest.fail("\n".join(self.errors))
         (self.engine,) = psutil.Process(self.process.pid).children()
 
     def get(self, path):
@@ -94,10 +104,13 @@ class Server:
     def end(self):
         """Exit code and what it said on standard error; nothing of it is left."""
         try:
-            _, errors = self.process.communicate(timeout=SECONDS)
+            self.process.wait(SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             raise
+        for reader in self.readers:
+            reader.join(SECONDS)
+        errors = "".join(f"{line}\n" for line in self.errors)
         wait_for(lambda: not self.engine.is_running() or self.engine.status() == psutil.STATUS_ZOMBIE, 10)
         return self.process.returncode, errors
 
@@ -107,7 +120,7 @@ class Server:
     def __exit__(self, *_):
         if self.process.poll() is None:
             self.process.kill()
-            self.process.communicate()
+            self.process.wait()
 
 
 def test_a_server_outlives_its_engine_finishes_what_runs_and_exits_0(model_dir):
@@ -168,7 +181,8 @@ def test_the_grace_period_ends_and_a_second_ctrl_c_ends_at_once(model_dir):
         thread.start()
         wait_for(hold.with_suffix(".held").exists, SECONDS)
         server.process.send_signal(signal.SIGINT)
-        assert "stopping" in server.process.stderr.readline()
+        wait_for(lambda: server.errors, SECONDS)
+        assert "stopping" in server.errors[0]
         server.process.send_signal(signal.SIGINT)
         assert server.end()[0] == 130
         thread.join(SECONDS)
