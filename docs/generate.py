@@ -317,10 +317,69 @@ def _serve(folder: Path) -> list[str]:
     return lines
 
 
+FORMATS_INTRO = """\
+## Number formats
+
+A hybrid of about four million parameters ([recipes/precision/ablation.yaml](../recipes/precision/ablation.yaml)) trained on
+the Python standard library's sources once an arm and seed; arms of a seed start from the same weights and read the same data
+in the same order. A difference is the mean over seeds of the paired relative difference of the last validation loss from
+BF16's, with its 95 % interval (Student's t).
+
+![Validation loss over BF16's](images/precision.svg)
+"""
+
+
+def _formats(found: list[dict[str, Any]]) -> list[str]:
+    """What number formats do to the loss, and cost."""
+    if not found:
+        return [f"## Number formats\n\n{NOT_MEASURED} `python benchmarks/precision.py` does it.\n"]
+    result, rows = found[0], []
+    for name, arm in result["arms"].items():
+        last = arm["differences"][str(result["steps"])]
+        losses = ", ".join(f"{loss:.4f}" for loss in arm["val_loss"])
+        difference = "" if name == "bf16" else f"{100 * last['mean']:+.2f} % ± {100 * last['half_width']:.2f}"
+        rows.append([arm["label"], f"`{arm['precision'].strip('{}')}`", losses, difference])
+    bf16 = result["arms"]["bf16"]
+    below = ", ".join(f"{1 - late / early:.0%}" for early, late in zip(bf16["val_loss_50"], bf16["val_loss"]))
+    lines = [FORMATS_INTRO, *_source(result)]
+    lines += [f"{result['steps']} steps, {result['tokens'] / 1e6:.2f} M tokens, {len(result['seeds'])} seeds; "
+              f"{result['minutes']:.0f} minutes in all. BF16 ends {below} below its loss at step 50.", ""]  # fmt: skip
+    lines += [*_table(["arm", "precision", "validation loss", "over BF16"], rows), ""]
+    for name, title in (("super", "the Super recipe"), ("all_nvfp4", "every linear in NVFP4")):
+        flushed = result["arms"].get(name, {}).get("flushed")
+        if not flushed:
+            continue
+        operands = sorted({o for values in flushed.values() for o in values})
+        shares = [
+            [kind, "", *(f"{values[o]:.1%}" if o in values else "" for o in operands)]
+            for kind, values in sorted(flushed.items())
+        ]
+        lines += [f"Share of the values that are not zero flushed to zero, {title}, second half of the run:", ""]
+        lines += [*_table(["linear", "", *operands], shares), ""]
+    if cost := result.get("cost"):
+        lines += ["`python benchmarks/precision.py --cost`", "", _machine(cost["machine"]), ""]
+        lines += [
+            *_table(
+                ["preset", "", "seconds a step", "over bf16", "kept for the backward, MB"],
+                [[name, "", f"{c['seconds']:.2f}", f"**{c['over_bf16']:.2f}x**", f"{c['kept_mb']:.0f}"]
+                 for name, c in cost["presets"].items()],
+            ), "",
+        ]  # fmt: skip
+    return lines
+
+
 def results_page(folder: Path = RESULTS) -> str:
     """The text of docs/results.md."""
     peers = _peers(_read(folder, "peers_*.json")) + _accuracy(_read(folder, "accuracy*.json"))
-    return "\n".join([RESULTS_INTRO, *_demo(_read(folder, "demo.json")), *_serve(folder), *peers])
+    return "\n".join(
+        [
+            RESULTS_INTRO,
+            *_demo(_read(folder, "demo.json")),
+            *_serve(folder),
+            *_formats(_read(folder, "precision.json")),
+            *peers,
+        ]
+    )
 
 
 def numbers(folder: Path = RESULTS) -> str:

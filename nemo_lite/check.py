@@ -23,6 +23,8 @@ import math
 from typing import Any
 
 from nemo_lite.config import ModelConfig, Recipe, RecipeError, check_world_size, load_recipe, recipe_to_yaml
+from nemo_lite.precision.recipe import lines, shares
+from nemo_lite.precision.recipe import table as number_formats
 
 KINDS = {"M": "Mamba-2", "*": "attention", "E": "MoE", "-": "MLP"}
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -200,12 +202,17 @@ def memory_per_rank(recipe: Recipe, world_size: int = 1) -> dict[str, int]:
 
 
 def facts(recipe: Recipe, world_size: int = 1) -> dict[str, Any]:
-    """What ``check --json`` prints: ``recipe``, ``parameters``, ``flops_per_token``, ``memory``, ``world_size``."""
+    """What ``check --json`` prints: ``recipe``, ``parameters``, ``flops_per_token``, ``memory``, ``precision``,
+    ``world_size``."""
     return {
         "recipe": _plain(dataclasses.asdict(recipe)),
         "parameters": parameter_counts(recipe.model),
         "flops_per_token": flops_per_token(recipe.model, recipe.data.seq_len),
         "memory": memory_per_rank(recipe, world_size),
+        "precision": {
+            "linears": {part.name: format for part, format in number_formats(recipe.model, recipe.precision)},
+            "shares": shares(recipe.model, recipe.precision),
+        },
         "world_size": world_size,
         "tokens_per_step": recipe.train.global_batch_size * recipe.data.seq_len,
     }
@@ -311,6 +318,7 @@ def _show(recipe: Recipe, world_size: int) -> None:
     console.print(work)
     console.print()
 
+    _show_formats(recipe, table, console)
     ranks = "the only rank" if world_size == 1 else f"each of {world_size} ranks"
     needs = table(f"Memory of {ranks}", "", "GiB", "", notes=True)
     notes = {
@@ -325,6 +333,23 @@ def _show(recipe: Recipe, world_size: int) -> None:
     for name, size in memory.items():
         needs.add_row(name, f"{size / 2**30:,.3f}", notes[name])
     console.print(needs)
+
+
+def _show_formats(recipe: Recipe, table, console) -> None:
+    found = lines(recipe.model, recipe.precision)
+    weights, flops = sum(line.weights for line in found), sum(line.flops for line in found)
+    made = table(
+        "Number formats of the products (bf16 is train.dtype)", "", "linears", "weights", "FLOPs", "", notes=True
+    )
+    for line in found:
+        made.add_row(
+            line.names, str(line.count), f"{line.weights / weights:.1%}", f"{line.flops / flops:.1%}", line.format
+        )
+    made.add_section()
+    for format, share in shares(recipe.model, recipe.precision).items():
+        made.add_row("all", "", f"{share['weights']:.1%}", f"{share['flops']:.1%}", format)
+    console.print(made)
+    console.print()
 
 
 def main(argv: list[str]) -> int:

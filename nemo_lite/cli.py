@@ -23,6 +23,7 @@ COMMANDS = {
     "serve": ("nemo_lite_serving.serve:main", "serve a MODEL_DIR behind the OpenAI API"),
     "chat": ("nemo_lite_serving.client:main", "chat with a MODEL_DIR or a server in the terminal"),
     "bench": ("nemo_lite_serving.load:main", "measure a server: nemo-lite bench serve URL"),
+    "quant": ("nemo_lite.precision.inspect:main", "what a MODEL_DIR stores: formats, bits, outliers"),
     "kernels": ("nemo_lite.kernels:main", "the backends of the ops: which run here, which a model takes"),
     "tokenizer": ("nemo_lite.data.tokenizer:main", "train a tokenizer on a folder of text"),
     "report": ("nemo_lite.train.report:main", "write report.html of a run"),

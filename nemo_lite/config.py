@@ -294,10 +294,39 @@ class ParallelConfig:
     reshard_after_forward: bool = key(True, "free a layer's gathered weights after its forward (FSDP2)")
 
 
+NumberFormat = Literal["bf16", "fp8", "fp8_block", "mxfp8", "nvfp4"]
+
+
+@dataclass
+class PrecisionRule:
+    """The number format of the linears whose names a pattern matches."""
+
+    match: str = key("", "names, as a shell pattern, such as `*.out_proj`, `layers.3.mixer.experts` or `mtp.*`")
+    format: NumberFormat = key("bf16", "of all three products; `bf16` is train.dtype")
+    fprop: NumberFormat | None = key(None, "of the forward product, if another one")
+    dgrad: NumberFormat | None = key(None, "of the gradient of the input, if another one")
+    wgrad: NumberFormat | None = key(None, "of the gradient of the weight, if another one")
+
+
 @dataclass
 class PrecisionConfig:
-    """Number formats beyond train.dtype."""
+    """Number formats that linears multiply in. `precision: NAME` stands for `precision.preset: NAME`."""
 
+    preset: Literal["bf16", "fp8", "mxfp8", "nvfp4", "nemotron3_super_nvfp4"] = key(
+        "bf16", "`bf16` is train.dtype everywhere; `nemotron3_super_nvfp4` the published recipe; others: every linear"
+    )
+    rules: list[PrecisionRule] = key(list, "exceptions from the preset; the first that matches a name decides")
+    tail: float | None = key(
+        None, "share of the trunk's last layers that stays in train.dtype; null for the preset's", ge=0, le=1
+    )
+    bf16_last_steps: int = key(0, "last steps of the run with every linear in train.dtype", "steps", ge=0)
+    hadamard: bool = key(True, "NVFP4: random Hadamard transform of both operands of the weight's gradient")
+    stochastic_rounding: bool = key(True, "NVFP4: round gradients stochastically")
+    square_weight_blocks: bool = key(True, "NVFP4: weights in blocks of 16x16, not 1x16")
+    statistics_every: int = key(
+        0, "steps between measurements of what is flushed to zero, saturated and lost, by layer; 0 for none", "steps",
+        ge=0,
+    )  # fmt: skip
     reduce_dtype: Literal["float32", "bfloat16"] = key("float32", "what gradients are summed over ranks in")
 
 
@@ -315,6 +344,7 @@ class KernelsConfig:
     linear: str = key("auto", "products of linears")
     loss: str = key("auto", "cross-entropy of a chunk of logits, with its gradient")
     step: str = key("auto", "a few tokens through all layers at once: decoding, verifying drafts")
+    quant: str = key("auto", "number formats: quantised operands")
 
 
 @dataclass
@@ -408,6 +438,14 @@ class Recipe:
             self.precision.reduce_dtype == "bfloat16" and train.dtype == "float64",
             "precision.reduce_dtype",
             "bfloat16 would undo train.dtype = float64; use float32, which then means float64",
+        )
+        from nemo_lite.precision.recipe import problems as precision_problems
+
+        found += precision_problems(model, self.precision, train.dtype)
+        refuse(
+            self.precision.bf16_last_steps > train.steps,
+            "precision.bf16_last_steps",
+            f"{self.precision.bf16_last_steps} exceeds train.steps = {train.steps}",
         )
         refuse(
             self.eval.every > 0 and data.validation_fraction == 0,
@@ -538,8 +576,11 @@ def _read(path: Path, asked_by: str = "") -> tuple[dict, dict[str, str]]:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if isinstance(root, yaml.MappingNode):
-            tree = OmegaConf.to_container(OmegaConf.create(text))
-            return tree, dict(lines(root))
+            tree, origins = OmegaConf.to_container(OmegaConf.create(text)), dict(lines(root))
+            if isinstance(tree.get("precision"), str):
+                tree["precision"] = {"preset": tree["precision"]}
+                origins["precision.preset"] = origins["precision"]
+            return tree, origins
     except FileNotFoundError:
         raise RecipeError(f"{asked_by}{path}: no such file") from None
     except OSError as error:
@@ -566,7 +607,7 @@ def _check(value: Any, hint: Any, name: str, say: Say, bounds: Any = None, final
         say(name, "needs a value, got ???")
     if isinstance(value, str) and "${" in value and not final:
         return
-    if isinstance(hint, types.UnionType):  # X | None
+    if _optional(hint):
         if value is None:
             return
         hint = hint.__args__[0]
@@ -607,6 +648,8 @@ def _override(tree: dict, text: str, origins: dict[str, str], say: Say) -> None:
         raise RecipeError(f"{COMMAND_LINE}: {text!r} is no override; write KEY=VALUE, such as train.steps=100")
     if steps == ["base"]:
         raise RecipeError(f"{COMMAND_LINE}: base: can only be set in the recipe file")
+    if steps == ["precision"] and not raw.lstrip().startswith("{"):
+        steps.append("preset")
     node: Any = tree
     hint, name, bounds, parent, last = Recipe, "", None, tree, steps[0]
     for step in steps:
@@ -626,7 +669,7 @@ def _override(tree: dict, text: str, origins: dict[str, str], say: Say) -> None:
             raise RecipeError(f"{COMMAND_LINE}: {_join(name, step)}: no such key; {name} is a single value")
         name, node = full, parent[last]
     origins[name] = COMMAND_LINE
-    optional = isinstance(hint, types.UnionType)
+    optional = _optional(hint)
     kind = hint.__args__[0] if optional else hint
     if kind is str or typing.get_origin(kind) is Literal:
         # Taken as typed: a pattern such as *E or a name such as 2024 is not YAML here.
@@ -744,14 +787,20 @@ def _show(value: Any) -> str:
     return repr(value) if isinstance(value, str) else _plain(value)
 
 
+def _optional(hint: Any) -> bool:
+    """Whether a hint is X | None (of a Literal, Python before 3.14 makes a Union of its own)."""
+    return isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+
+
 def _type_name(hint: Any) -> str:
-    if isinstance(hint, types.UnionType):
+    if _optional(hint):
         return f"{_type_name(hint.__args__[0])} or null"
     if typing.get_origin(hint) is Literal:
         return " or ".join(typing.get_args(hint))
     if typing.get_origin(hint) is list:
         element = typing.get_args(hint)[0]
-        return "list of sources" if dataclasses.is_dataclass(element) else f"list of {_type_name(element)}"
+        sections = {SourceConfig: "sources", PrecisionRule: "rules"}
+        return f"list of {sections.get(element) or _type_name(element)}"
     return hint.__name__
 
 

@@ -102,6 +102,7 @@ def _of(name: str, dtypes: tuple[torch.dtype, ...] = HALVES, **functions: str) -
     return Backend(functions, ("cuda",), dtypes, missing=functools.partial(_library, name))
 
 
+_QUANT = {"quantize": "quant:quantize_matrix", "operand": "quant:operand", "quantized_values": "quant:values"}
 OPS: Mapping[str, Mapping[str, Backend]] = MappingProxyType({
     "ssd": {
         "cpp": _cpu(ssd="cpu.ssd:ssd"),
@@ -162,6 +163,18 @@ OPS: Mapping[str, Mapping[str, Backend]] = MappingProxyType({
         "cpp": _cpu(nll_and_gradient="cpu.loss:nll_and_gradient", weight_gradient="cpu.dense:weight_gradient"),
         "reference": Backend({"nll_and_gradient": "loss:nll_and_gradient", "weight_gradient": "loss:weight_gradient"}),
     },
+    "quant": {
+        "cpp": _cpu(
+            quantize="cpu.quant:quantize_matrix", operand="cpu.quant:operand", quantized_values="cpu.quant:values"
+        ),
+        # Whole linears of its own formats (nemo_lite.precision.te); what it does not take is emulated.
+        "transformer_engine": _of("transformer_engine", (torch.float32, *HALVES), **_QUANT),
+        "reference": Backend(_QUANT),
+        "triton": _gpu(
+            (torch.float32, *HALVES), quantize="triton.quant:quantize_matrix", operand="triton.quant:operand",
+            quantized_values="triton.quant:values",
+        ),
+    },
     "step": {
         "cpp": Backend({"step": "cpu.step:Step"}, ("cpu",), KERNEL_FLOATS, gradient=False, packed=False, missing=_cpp),
         "layers": Backend({}),
@@ -188,6 +201,9 @@ class Ops:
     unpack: Callable
     nll_and_gradient: Callable
     weight_gradient: Callable
+    quantize: Callable
+    operand: Callable
+    quantized_values: Callable
     step: Callable | None
     ssd_recurrent: Callable
     ssd_verify: Callable
@@ -271,7 +287,7 @@ def _routed(name: str, chain: list[Backend]) -> Callable:
     """The first backend's function; where it has limits, each call goes to the first in the chain that takes it."""
     first = load(chain[0].functions[name])
     # A class is a plan, and says itself what it takes; a packed weight has no dtype that could decide.
-    if not chain[0].limits or isinstance(first, type) or name == "unpack":
+    if not chain[0].limits or isinstance(first, type) or name in ("unpack", "quantized_values"):
         return first
     paths = [(backend, backend.functions.get(name) or SHARED.get(name)) for backend in chain]
     names = list(inspect.signature(first).parameters)

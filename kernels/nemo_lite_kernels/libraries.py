@@ -23,6 +23,7 @@ MODULES = {
     "flash_attn": "flash_attn",
     "varlen": "torch.nn.attention.varlen",
     "flex": "torch.nn.attention.flex_attention",
+    "transformer_engine": "transformer_engine.pytorch",
 }
 
 

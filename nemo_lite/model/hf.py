@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nemo_lite import pattern as patterns
 from nemo_lite.config import ModelConfig, MTPConfig, UserError
 from nemo_lite.parallel.native import copy_whole
+from nemo_lite.precision import modelopt
 
 # ------------------------------------------------------------------------------------------------------------- names
 
@@ -281,15 +282,34 @@ class TensorFiles:
         return self._opened[path]
 
     def names(self) -> set[str]:
+        """All tensors but the scales of a quantised weight, which is read with them, as the weight it stands for."""
+        return {name for name in self._file if not name.endswith(modelopt.BESIDE)}
+
+    def everything(self) -> set[str]:
         return set(self._file)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._open(self._file[name]).get_slice(name).get_shape())
+        stored = tuple(self._open(self._file[name]).get_slice(name).get_shape())
+        return modelopt.shape(stored, self.dtype(name)) if name.endswith(".weight") and stored else stored
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._open(self._file[name]).get_slice(name)[:0].dtype if self.shape(name) else self.get(name).dtype
+        """As it is stored: uint8 for NVFP4."""
+        part = self._open(self._file[name]).get_slice(name)
+        return part[:0].dtype if part.get_shape() else self.stored(name).dtype
 
     def get(self, name: str) -> Tensor:
+        """A tensor; of a quantised weight what it stands for, in float32."""
+        tensor = self.stored(name)
+        if tensor.dtype not in (torch.uint8, torch.float8_e4m3fn):
+            return tensor
+        try:
+            return modelopt.unpack(name, tensor, self.stored)
+        except (KeyError, ValueError) as error:
+            what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{name} is quantised, and {what}") from None
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor as it is in the file."""
         if self._read > self.KEPT:
             self._opened.clear()
             self._read = 0
@@ -372,12 +392,14 @@ def materialise(model: nn.Module, dtype: torch.dtype, device: str | torch.device
 
 @torch.no_grad()
 def save_model(
-    model: nn.Module, model_dir: Path, *, dtype: torch.dtype | None = None, tokenizer=None, shard_bytes: int = 5 * 10**9
-) -> None:
+    model: nn.Module, model_dir: Path, *, dtype: torch.dtype | None = None, tokenizer=None,
+    shard_bytes: int = 5 * 10**9, pack: Callable[[str, Tensor], dict[str, Tensor] | None] | None = None,
+    quantization_config: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Write config.json, generation_config.json, sharded safetensors with their index, and the tokenizer if given.
 
     dtype None keeps the weights' own; what FLOAT32 names stays float32. Shards are written as they fill, so that no
-    second copy of the model is held.
+    second copy of the model is held. pack(name in the checkpoint, tensor) may give other tensors to write in its place.
     """
     from safetensors.torch import save_file
 
@@ -403,12 +425,13 @@ def save_model(
         if dtype is not None:
             tensor = tensor.to(torch.promote_types(dtype, torch.float32) if FLOAT32.search(row.ours) else dtype)
         for name, part in to_hf(row, tensor.cpu()):
-            nbytes = part.numel() * part.element_size()
+            found = (pack(name, part) if pack is not None else None) or {name: part}
+            nbytes = sum(t.nbytes for t in found.values())
             if size + nbytes > shard_bytes:
                 flush()
             # A file's tensors must not share memory.
             copied = len(row.theirs) > 1 or (config.tie_word_embeddings and name == _HEAD)
-            shard[name] = part.contiguous().clone() if copied else part.contiguous()
+            shard |= {n: t.contiguous().clone() if copied else t.contiguous() for n, t in found.items()}
             size, total = size + nbytes, total + nbytes
     flush()
     weight_map = {}
@@ -421,7 +444,10 @@ def save_model(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (model_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    (model_dir / "config.json").write_text(json.dumps(config_to_hf(config, stored), indent=2) + "\n")
+    written = config_to_hf(config, stored)
+    if quantization_config is not None:
+        written["quantization_config"] = quantization_config
+    (model_dir / "config.json").write_text(json.dumps(written, indent=2) + "\n")
     ids = {k: v for k in ("bos_token_id", "eos_token_id", "pad_token_id") if (v := getattr(config, k)) is not None}
     (model_dir / "generation_config.json").write_text(json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n")
     if tokenizer is not None:

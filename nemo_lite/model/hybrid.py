@@ -128,7 +128,7 @@ class HybridLM(nn.Module):
         super().__init__()
         self.config = config.validate()
         layers = layers or Layers(device, kernels)
-        self.ops = layers.ops
+        self.ops, self.numerics = layers.ops, layers.numerics
         self.kernel_choices = layers.ops.choices
         self._whole = type(layers) is Layers
         self._steps: dict = {}  # the fused steps of the trunk and of the MTP block

@@ -3,7 +3,7 @@
 A part of the model never knows where its weights live. It asks a `Layers` for linears, norms and parameters by full
 name, and this object answers with modules that hold this rank's share. Two choices meet here: *placement* (this class
 keeps everything whole; an engine may split columns, rows, heads and experts and own the collectives), and *number
-format* (`matmul_for(name)` says what a linear multiplies with).
+format* (`matmul_for(name, ...)` and `experts_for(name)` say what a linear and a layer's experts multiply with).
 
 Activations are token-major, [T, width], with T = rows x length; collectives of a sequence-parallel placement therefore
 work on dim 0. Such a placement scatters tokens in `embedding` and in the norm named mtp.hnorm; gathers them in
@@ -17,7 +17,8 @@ import torch
 from nemo_lite_kernels import Ops, select
 from torch import Tensor, nn
 
-from nemo_lite.precision.linear import Matmul
+from nemo_lite.precision import te
+from nemo_lite.precision.linear import Emulated, Gemms, Matmul, Numerics
 from nemo_lite.train.loss import cross_entropy_chunked
 
 
@@ -98,11 +99,11 @@ class GatedNorm(nn.Module):
 class Experts(nn.Module):
     """Routed experts: up [E, F, L], down [E, L, F], squared ReLU between."""
 
-    def __init__(self, n_experts: int, size: int, inner: int, ops: Ops):
+    def __init__(self, n_experts: int, size: int, inner: int, op: Callable, unpack: Callable):
         super().__init__()
         self.up = nn.Parameter(torch.empty(n_experts, inner, size))
         self.down = nn.Parameter(torch.empty(n_experts, size, inner))
-        self.op, self.unpack = ops.experts, ops.unpack
+        self.op, self.unpack = op, unpack
 
     def forward(self, x_TL: Tensor, expert_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
         return self.op(x_TL, expert_Tk, weight_Tk, self.unpack(self.up, x_TL.dtype), self.unpack(self.down, x_TL.dtype))
@@ -115,14 +116,36 @@ class Layers:
         self,
         device: str | torch.device = "cpu",
         kernels: Mapping[str, str] | None = None,
-        matmul_for: Callable[[str], Matmul] | None = None,
+        formats: Mapping[str, Gemms] | None = None,
+        numerics: Numerics | None = None,
     ):
+        """formats: those of the linears and experts that are not computed in the activations' dtype, by full name;
+        numerics: what their products share."""
         self.ops: Ops = select(device, kernels)
-        self.matmul_for = matmul_for or (lambda name: self.ops.linear)
+        self.numerics = numerics or Numerics()
+        self.emulated = {
+            name: Emulated(name, gemms, self.numerics, self.ops)
+            for name, gemms in (formats or {}).items()
+            if not gemms.plain
+        }
+        self.native = any(c["op"] == "quant" and c["backend"] == "transformer_engine" for c in self.ops.choices)
+
+    def matmul_for(self, name: str, n_in: int, n_out: int) -> Matmul:
+        """What the linear of this name multiplies with."""
+        emulated = self.emulated.get(name)
+        if emulated is None:
+            return self.ops.linear
+        if self.native and te.refusal(emulated.gemms, n_in, n_out) is None:
+            return te.Native(name, emulated.gemms, self.numerics, self.ops)
+        return emulated
+
+    def experts_for(self, name: str) -> Callable:
+        """What the routed experts of this name are computed with."""
+        return self.emulated[name].experts if name in self.emulated else self.ops.experts
 
     def linear(self, name: str, n_in: int, n_out: int) -> nn.Module:
         """A linear that is whole on every rank."""
-        return Linear(n_in, n_out, self.matmul_for(name))
+        return Linear(n_in, n_out, self.matmul_for(name, n_in, n_out))
 
     def column_linear(self, name: str, n_in: int, n_out: int, segments: Sequence[int] | None = None) -> nn.Module:
         """A linear whose outputs are split over ranks, each of `segments` (sizes that sum to n_out) for itself."""
@@ -136,7 +159,7 @@ class Layers:
         return Embedding(vocab_size, hidden_size)
 
     def head(self, name: str, hidden_size: int, vocab_size: int) -> Head:
-        return Head(hidden_size, vocab_size, self.matmul_for(name), self.ops)
+        return Head(hidden_size, vocab_size, self.matmul_for(name, hidden_size, vocab_size), self.ops)
 
     def norm(self, name: str, size: int, eps: float) -> nn.Module:
         return Norm(size, eps, self.ops.rms_norm)
@@ -146,7 +169,7 @@ class Layers:
         return GatedNorm(self.local(size), self.local(groups), eps, self.ops.gated_norm)
 
     def experts(self, name: str, n_experts: int, size: int, inner: int) -> nn.Module:
-        return Experts(n_experts, size, inner, self.ops)
+        return Experts(n_experts, size, inner, self.experts_for(name), self.ops.unpack)
 
     def channels(self, name: str, *segments: int, width: int | None = None) -> nn.Parameter:
         """A parameter [n] or [n, width] per head or channel, n = this rank's share of the sum of `segments`."""

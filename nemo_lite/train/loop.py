@@ -28,6 +28,9 @@ from nemo_lite.parallel.native import (
     sum_replicated_gradients,
 )
 from nemo_lite.parallel.native import start as start_world
+from nemo_lite.precision.linear import Numerics
+from nemo_lite.precision.recipe import formats as number_formats
+from nemo_lite.precision.statistics import Statistics
 from nemo_lite.train.checkpoint import Checkpointer, checkpoints, newest_whole, read_state
 from nemo_lite.train.loss import label_counts
 from nemo_lite.train.metrics import Metrics, environment, load_summary, memory_gb, peak_flops
@@ -146,6 +149,11 @@ def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
             window.data_seconds += time.perf_counter() - waited
             micros = list(batch.to(world.device).split(config.micro_batch_size))
             rate = learning_rate(state.step, config.steps, recipe.optim, recipe.schedule)
+            model.numerics.on = state.step < config.steps - recipe.precision.bf16_last_steps
+            model.numerics.step = state.step
+            every = recipe.precision.statistics_every
+            watching = every > 0 and model.numerics.on and (state.step + 1) % every == 0
+            model.numerics.watch = Statistics() if watching else None
             # A checkpoint that one rank could not write stops them all, at the same step.
             result = train_step(model, optimizer, micros, rate, recipe, world, stopping() or saver.failed)
             state.step += 1
@@ -156,18 +164,20 @@ def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
             else:
                 _not_finite(state, batch, run_dir, recipe, world, metrics)
             last = state.step == config.steps
+            measured = {"quantisation": model.numerics.watch.record()} if watching else {}
+            model.numerics.watch = None
             if metrics is not None:
                 metrics.advance(state.step)
-                if state.step % recipe.log.every == 0 or last or state.step == 1:
-                    metrics.log(window.record(rate, machine_peak, flops, memory_gb(world.device), config.steps))
+                if state.step % recipe.log.every == 0 or last or state.step == 1 or watching:
+                    record = window.record(rate, machine_peak, flops, memory_gb(world.device), config.steps)
+                    metrics.log({**record, **measured})
             if held_out is not None and (state.step % recipe.eval.every == 0 or last):
                 began = time.perf_counter()
                 record = evaluate(model, held_out, byte_lengths, world)
                 if metrics is not None:
                     metrics.log({"step": state.step, "tokens": state.tokens, **record})
                 window.leave_out(time.perf_counter() - began)
-            due = recipe.checkpoint.every and state.step % recipe.checkpoint.every == 0
-            if due or last or result.stop:
+            if (recipe.checkpoint.every and state.step % recipe.checkpoint.every == 0) or last or result.stop:
                 checkpoint()
             if result.stop and not last:
                 saver.wait()
@@ -186,7 +196,8 @@ def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
 def build_model(recipe: Recipe, world: World, fresh: bool = True) -> HybridLM:
     """The recipe's model, sharded over the ranks, with initial weights (or init_from's) unless they come later."""
     try:
-        layers = Layers(world.device, vars(recipe.kernels))
+        formats = number_formats(recipe.model, recipe.precision)
+        layers = Layers(world.device, vars(recipe.kernels), formats, Numerics(recipe.seed))
     except ValueError as error:
         raise UserError(str(error)) from error
     model = HybridLM(recipe.model, device="meta", layers=layers)
@@ -234,6 +245,7 @@ def train_step(
     for i, micro in enumerate(micros):
         if world.size > 1:
             model.set_requires_gradient_sync(i == len(micros) - 1)
+        model.numerics.begin(i, world.rank)
         out = model(micro.input_ids, doc_ids=micro.doc_ids, labels=micro.labels, normalizers=normalizers)
         out.loss.backward()
         names = list(out.expert_counts)

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nemo_lite_kernels.common import product_dtype
 
 from nemo_lite.config import LogConfig, Recipe, UserError
 
@@ -728,6 +729,7 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype) -> tuple[float | 
     if place.type != "cpu":
         return None, f"no dense peak is on record for a device of type {place.type!r}, so no share of it is shown"
     best, best_size, runs = 0.0, 0, 0
+    dtype = product_dtype(torch.empty(0, dtype=dtype))  # without a bfloat16 product, products are float32's
     with torch.no_grad():
         # The larger size is nearer to the peak on wide machines, the smaller one is certain to end soon on slow ones.
         for size in (256, 512, 1024):

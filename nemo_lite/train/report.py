@@ -405,6 +405,51 @@ def _layer_ratios(record: Mapping[str, Any]) -> dict[str, float | None]:
     return found
 
 
+# ------------------------------------------------------------------------------------------------------- number formats
+
+
+def _quantisation(run: Run) -> str:
+    """A card with linears down, operands across: what rounding to codes flushed to zero, and how much it changed."""
+    rows = [r for r in run.train if isinstance(r.get("quantisation"), dict) and r["quantisation"]]
+    if not rows:
+        return ""
+    measured, step = rows[-1]["quantisation"], rows[-1]["step"]
+    operands = sorted({operand for one in measured.values() for operand in one}, key=_OPERANDS.index)
+
+    def cell(one: Any, key: str, full: float) -> str:
+        value = _number(one.get(key)) if isinstance(one, dict) else None
+        if value is None:
+            return "<td></td>"
+        strength = round(100 * min(1.0, value / full) ** 0.7)
+        saturated = _number(one.get("saturated")) or 0.0
+        title = f' title="{saturated:.2%} saturated"' if key == "flushed" else ""
+        return f'<td style="background:color-mix(in oklab,var(--over) {strength}%,var(--card))"{title}>{value:.1%}</td>'
+
+    heads = "".join(f'<th scope="col">{escape(operand)}</th>' for operand in operands)
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>'
+        + "".join(cell(one.get(operand), "flushed", 0.4) for operand in operands)
+        + '<td class="gap"></td>'
+        + "".join(cell(one.get(operand), "error", 0.25) for operand in operands)
+        + "</tr>"
+        for name, one in measured.items()
+    )
+    span = len(operands)
+    return (
+        f'<section class="card wide"><div class="head"><h2>Number formats</h2></div><div class="scroll formats"><table>'
+        f'<thead><tr><th></th><th colspan="{span}">flushed to zero</th><th></th>'
+        f'<th colspan="{span}">relative error</th></tr>'
+        f'<tr><th scope="col">Linear</th>{heads}<th></th>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+        f'<p class="caption">At step {step:,.0f}, of the values that are not zero; the relative error is the norm of '
+        f"what rounding changed over the norm of all. fprop reads x and w, dgrad dy, wgrad dy and x along the tokens.</p>"
+        f"</section>"
+    )
+
+
+_OPERANDS = ["fprop x", "fprop w", "dgrad w", "dgrad dy", "wgrad dy", "wgrad x"]
+
+
 # ---------------------------------------------------------------------------------------------------------------- page
 
 
@@ -761,6 +806,7 @@ def page(run: Run) -> str:
         kept = {name: shares for name, shares in load[-1]["expert_load"].items() if shares}
         cards.append(heat_map(kept, load[-1]["step"], number=6, wide=wide))
     cards.append(_layers_over_time(run, 7, wide))
+    cards.append(_quantisation(run))
     cards.append(_validation_table(run))
     return (
         "<!DOCTYPE html>\n"

@@ -398,7 +398,7 @@ def test_what_does_not_take_the_step(calls):
 
     for only in ("layers.0.mixer.in_proj", "layers.2.mixer.shared_experts.up_proj"):
         custom = Layers()
-        custom.matmul_for = lambda name, only=only, layers=custom: noisy if name == only else layers.ops.linear
+        custom.matmul_for = lambda name, *sizes, only=only, layers=custom: noisy if name == only else layers.ops.linear
         decode(HybridLM(config, layers=custom).eval())
     decode(HybridLM(config, layers=type("Placement", (Layers,), {})()).eval())
     model = tiny_model(config)
