@@ -320,9 +320,9 @@ def _serve(folder: Path) -> list[str]:
 FORMATS_INTRO = """\
 ## Number formats
 
-A hybrid of about four million parameters ([recipes/precision/ablation.yaml](../recipes/precision/ablation.yaml)) trained on
-the Python standard library's sources once an arm and seed; arms of a seed start from the same weights and read the same data
-in the same order. A difference is the mean over seeds of the paired relative difference of the last validation loss from
+A hybrid of about four million parameters, [ablation.yaml](../recipes/precision/ablation.yaml), trained on the Python
+standard library's sources once an arm and seed; arms of a seed start from the same weights and read the same data in
+the same order. A difference is the mean over seeds of the paired relative difference of the last validation loss from
 BF16's, with its 95 % interval (Student's t).
 
 ![Validation loss over BF16's](images/precision.svg)

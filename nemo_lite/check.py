@@ -339,8 +339,9 @@ def _show_formats(recipe: Recipe, table, console) -> None:
     found = lines(recipe.model, recipe.precision)
     weights, flops = sum(line.weights for line in found), sum(line.flops for line in found)
     made = table(
-        "Number formats of the products (bf16 is train.dtype)", "", "linears", "weights", "FLOPs", "", notes=True
+        "Number formats of the products (bf16 is train.dtype)", "", "", "weights", "FLOPs", "format", notes=True
     )
+    made.columns[-1].no_wrap, made.columns[-1].overflow = False, "fold"
     for line in found:
         made.add_row(
             line.names, str(line.count), f"{line.weights / weights:.1%}", f"{line.flops / flops:.1%}", line.format

@@ -76,6 +76,17 @@ def measured(tmp_path):
                  "report": {"requests_per_second": 20.0, "output_tokens_per_second": 1280.0, "ttft_ms": spread,
                             "itl_ms": spread, "health_ms": spread}},
     }  # fmt: skip
+    arm = {"label": "BF16", "precision": "{preset: bf16}", "val_loss": [2.0, 2.1], "val_loss_50": [4.0, 4.0],
+           "differences": {"400": {"mean": 0.0, "half_width": 0.0}}, "flushed": {}}  # fmt: skip
+    other = arm | {"label": "the recipe", "precision": "{preset: nvfp4}", "val_loss": [2.02, 2.12],
+                   "differences": {"400": {"mean": 0.01, "half_width": 0.002}},
+                   "flushed": {"out_proj": {"fprop x": 0.125}}}  # fmt: skip
+    cost = {"machine": MACHINE, "presets": {"nvfp4": {"seconds": 1.5, "over_bf16": 1.7, "kept_mb": 151.0}}}
+    precision = {
+        "command": "python benchmarks/precision.py", "machine": MACHINE, "steps": 400, "tokens": 614400,
+        "seeds": [0, 1], "minutes": 50.0, "arms": {"bf16": arm, "super": other}, "cost": cost,
+    }  # fmt: skip
+    (tmp_path / "precision.json").write_text(json.dumps(precision))
     for work, row in serve.items():
         body = {"command": f"python benchmarks/serve.py {work}", "machine": MACHINE, "rows": [{"work": work} | row]}
         (tmp_path / f"serve_{work}.json").write_text(json.dumps(body))
@@ -104,6 +115,9 @@ def test_results_show_what_was_measured(generate, measured):
     assert "| auto | fp32, 2 | 400 | 500 | **1.25x** | 2.30 | 2.20 | 50% | no |" in page
     assert "| demo | fp32, 2 | 1 | yes | 400 | 200 | **2.00x** | no |" in page
     assert "| no |  | 8 | 20.0 | 1,280 | 1.5 | 4.0 | 1.5 | 4.0 | 4.0 |" in page
+    assert "| the recipe | `preset: nvfp4` | 2.0200, 2.1200 | +1.00 % ± 0.20 |" in page
+    assert "BF16 ends 50%, 48% below its loss at step 50." in page and "| out_proj |  | 12.5% |" in page
+    assert "| nvfp4 |  | 1.50 | **1.70x** | 151 |" in page
 
 
 def test_the_readme_shows_the_most_threads(generate, measured):
@@ -116,7 +130,7 @@ def test_the_readme_shows_the_most_threads(generate, measured):
 
 
 def test_what_is_missing_is_said(generate, tmp_path):
-    assert generate.results_page(tmp_path).count(generate.NOT_MEASURED) == 6
+    assert generate.results_page(tmp_path).count(generate.NOT_MEASURED) == 7
     assert generate.numbers(tmp_path).count("not measured yet") == 2
 
 

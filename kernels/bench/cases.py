@@ -35,6 +35,9 @@ T = B L tokens (B rows of length L), s bytes of a number in the call's dtype; ot
 | weight_gradient     | 2 T K N                          |                     |          | s T (K + N) + 4 K N        |
 | nll_and_gradient    |                                  | 4 T V               |          | s T V + 16 T               |
 | ... with a gradient |                                  | 6 T V               |          | + s T V                    |
+| operand             |                                  | 8 T K               |          | s T K + 4 T K + 4          |
+| quantize            |                                  | 8 T K               |          | s T K + 9/16 T K + 4       |
+| quantized_values    |                                  | T K                 |          | 9/16 T K + 4 T K + 4       |
 
 The scan is counted in its chunked form: scores C B^T once a group and their product with x once a head over the lower
 triangle of a chunk of l = min(L, 64) tokens (j = (l + 1) / 2 columns on average), what a chunk adds to the state, and
@@ -43,7 +46,8 @@ the tokens hit, and w is s, or 4 where float32 weights are trained in bfloat16; 
 gradients are those of all E. A window is the W - 1 inputs before the call. W of `linear` is s K N, or what the packed
 weight takes: for every 32 inputs of a row 34 bytes (int8) or 18 (int4); 4 K N where the linear is trained. Weights of
 conv and norm, the scan's dt, A and D, and all of route are float32; chosen experts and labels are int64. The loss
-makes the gradient of its V logits a token in the forward pass.
+makes the gradient of its V logits a token in the forward pass. Number formats are measured on NVFP4:
+an operand along its rows, to the nearest; values are float32.
 """
 
 from __future__ import annotations
@@ -54,6 +58,7 @@ from dataclasses import dataclass
 
 import torch
 from nemo_lite_kernels.linear import PANEL, PackedWeight
+from nemo_lite_kernels.quant import Spec, quantize_matrix
 from torch import Tensor
 
 
@@ -104,7 +109,8 @@ CHUNK = 64
 FEW = (1, 4, 8, 16)  # rows of linear and experts when tokens are decoded
 VERIFIED = 4
 # What stands before a shape where an op has several functions.
-NAMES = {"rms_norm": "rms ", "gated_norm": "gated ", "weight_gradient": "dW ", "nll_and_gradient": "nll "}
+NAMES = {"rms_norm": "rms ", "gated_norm": "gated ", "weight_gradient": "dW ", "nll_and_gradient": "nll ",
+         "operand": "operand ", "quantize": "codes ", "quantized_values": "values "}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,7 @@ FUNCTIONS = {
     "ssd": ("ssd",), "conv": ("causal_conv",), "attention": ("attention",), "experts": ("experts",),
     "router": ("route",), "norm": ("rms_norm", "gated_norm"), "activation": ("squared_relu",),
     "linear": ("linear", "unpack"), "loss": ("nll_and_gradient", "weight_gradient"),
+    "quant": ("operand", "quantize", "quantized_values"),
 }  # fmt: skip
 
 
@@ -185,6 +192,9 @@ def cases(config: str, device: str = "cpu", quick: bool = False, ops: tuple[str,
                 case = functools.partial(Case, op, function, config)
                 if function == "unpack":
                     yield case("forward", dtype, 1, 1)
+                    continue
+                if op == "quant":
+                    yield from (case("forward", dtype, *shape) for shape in p.forward)
                     continue
                 if op == "loss":
                     if function == "nll_and_gradient":
@@ -315,9 +325,16 @@ def _loss(case: Case, z: Sizes, T: int, s: int) -> Cost:
     return Cost(0, (6 if case.train else 4) * T * z.V, (2 if case.train else 1) * logits + 16 * T)
 
 
+def _quant(case: Case, z: Sizes, T: int, s: int) -> Cost:
+    n, packed = T * z.hidden, 9 / 16
+    read = packed if case.function == "quantized_values" else s
+    written = packed if case.function == "quantize" else 4
+    return Cost(0, (1 if case.function == "quantized_values" else 8) * n, (read + written) * n + 4)
+
+
 _COSTS: dict[str, Callable[[Case, Sizes, int, int], Cost]] = {
     "ssd": _ssd, "conv": _conv, "attention": _attention, "experts": _experts, "router": _router, "norm": _norm,
-    "activation": _activation, "linear": _linear, "loss": _loss,
+    "activation": _activation, "linear": _linear, "loss": _loss, "quant": _quant,
 }  # fmt: skip
 
 
@@ -470,8 +487,15 @@ def _loss_inputs(case: Case, z: Sizes, normal):
     return (logits, labels, torch.ones(T, device=logits.device), case.train), (), ()
 
 
+def _quant_inputs(case: Case, z: Sizes, normal):
+    x, spec = normal(case.B * case.L, z.hidden), Spec.of("nvfp4")
+    if case.function == "quantized_values":
+        return (quantize_matrix(x, spec), torch.float32), (), ()
+    return (x, spec), (), ()
+
+
 _INPUTS: dict[str, Callable] = {
     "ssd": _ssd_inputs, "conv": _conv_inputs, "attention": _attention_inputs, "experts": _experts_inputs,
     "router": _router_inputs, "norm": _norm_inputs, "activation": _activation_inputs, "linear": _linear_inputs,
-    "loss": _loss_inputs,
+    "loss": _loss_inputs, "quant": _quant_inputs,
 }  # fmt: skip

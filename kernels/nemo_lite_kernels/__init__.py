@@ -167,7 +167,8 @@ OPS: Mapping[str, Mapping[str, Backend]] = MappingProxyType({
         "cpp": _cpu(
             quantize="cpu.quant:quantize_matrix", operand="cpu.quant:operand", quantized_values="cpu.quant:values"
         ),
-        # Whole linears of its own formats (nemo_lite.precision.te); what it does not take is emulated.
+        # Whole linears in its own formats (nemo_lite.precision.te); what it does not take is emulated. First although
+        # not measured: where it is installed, nobody wants its formats emulated.
         "transformer_engine": _of("transformer_engine", (torch.float32, *HALVES), **_QUANT),
         "reference": Backend(_QUANT),
         "triton": _gpu(

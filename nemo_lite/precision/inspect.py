@@ -86,8 +86,8 @@ def _show(model_dir: Path, lines: list[dict[str, Any]], every: bool) -> None:
     for row in rows:
         table.add_row(
             row["name"], f"{row['count']} x" if row["count"] > 1 else "", "x".join(map(str, row["shape"])),
-            row["format"], f"{row['bits']:.2f}", f"{row['bytes'] / 1e6:.2f}", f"{row['largest']:.1f} rms", f"{row['zeros']:.1%}",
-            f"{row['outliers']:.3%}",
+            row["format"], f"{row['bits']:.2f}", f"{row['bytes'] / 1e6:.2f}", f"{row['largest']:.1f} rms",
+            f"{row['zeros']:.1%}", f"{row['outliers']:.3%}",
         )  # fmt: skip
     console.print(table)
     size = sum(line["bytes"] for line in lines)

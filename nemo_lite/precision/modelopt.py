@@ -24,7 +24,7 @@ LARGEST = {"nvfp4": 6.0 * 448.0, "fp8": 448.0}  # what a tensor's largest magnit
 
 
 def pack(name: str, weight: Tensor, format: str, square: bool = True, amax: float | None = None) -> dict[str, Tensor]:
-    """The tensors that stand for X.weight [out, in], float32 or bfloat16; `amax` is the largest magnitude of its inputs.
+    """The tensors that stand for X.weight [out, in], float32 or bfloat16; `amax`: its inputs' largest magnitude.
 
     square: NVFP4 scales of blocks of 16x16, as training had them, repeated over their rows.
     """

@@ -220,6 +220,7 @@ def table(config: ModelConfig, precision: PrecisionConfig) -> list[tuple[Part, s
 def lines(config: ModelConfig, precision: PrecisionConfig) -> list[Line]:
     """`table` with layers that do the same drawn together."""
     found: dict[tuple[str, str], tuple[list[int], Line]] = {}
+    everywhere: dict[str, list[int]] = {}
     for part, format in table(config, precision):
         pieces = part.name.split(".")
         number = next((i for i, piece in enumerate(pieces) if piece.isdecimal()), None)
@@ -230,23 +231,28 @@ def lines(config: ModelConfig, precision: PrecisionConfig) -> list[Line]:
         numbers, line = found.setdefault(key, ([], Line(key[0], format, 0, 0, 0)))
         if where is not None:
             numbers.append(where)
+            everywhere.setdefault(key[0], []).append(where)
         line.count += 1
         line.weights += part.weights
         line.flops += 2 * part.used * part.runs
-    for numbers, line in found.values():
-        line.names = line.names.replace("#", ranges(numbers))
+    for (names, _), (numbers, line) in found.items():
+        if numbers:
+            line.names = names.replace("#", ranges(numbers, everywhere[names]))
     return [line for _, line in found.values()]
 
 
-def ranges(numbers: list[int]) -> str:
-    """3 for [3]; {0,2,4..6} for several, where two in a row share nothing between them."""
+def ranges(numbers: list[int], among: list[int] | None = None) -> str:
+    """3 for [3]; {0,2,4..6} for several. `among`: what there is at all, such as the layers that have this linear; what
+    stands between two of those does not part them."""
+    place = {n: i for i, n in enumerate(among)} if among is not None else None
     runs: list[list[int]] = []
     for n in numbers:
-        if runs and n == runs[-1][1] + 1:
+        before = runs[-1][1] if runs else None
+        if before is not None and (n == before + 1 if place is None else place[n] == place[before] + 1):
             runs[-1][1] = n
         else:
             runs.append([n, n])
-    words = [str(a) if a == b else f"{a},{b}" if b == a + 1 else f"{a}..{b}" for a, b in runs]
+    words = [str(a) if a == b else f"{a}..{b}" for a, b in runs]
     return words[0] if len(numbers) == 1 else "{" + ",".join(words) + "}"
 
 

@@ -442,7 +442,8 @@ def _quantisation(run: Run) -> str:
         f'<tr><th scope="col">Linear</th>{heads}<th></th>{heads}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
         f'<p class="caption">At step {step:,.0f}, of the values that are not zero; the relative error is the norm of '
-        f"what rounding changed over the norm of all. fprop reads x and w, dgrad dy, wgrad dy and x along the tokens.</p>"
+        f"what rounding changed over the norm of all. fprop reads x and w, dgrad dy, wgrad dy and x along the "
+        f"tokens.</p>"
         f"</section>"
     )
 

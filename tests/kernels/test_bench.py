@@ -12,6 +12,7 @@ import torch
 from nemo_lite_kernels.conv import causal_conv
 from nemo_lite_kernels.linear import PackedWeight
 from nemo_lite_kernels.moe import experts_reference
+from nemo_lite_kernels.quant import Quantized
 from nemo_lite_kernels.ssd import ssd_chunked
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,7 +35,7 @@ TINY = list(cases.cases("tiny"))
 
 
 def nbytes(values) -> float:
-    return sum(v.nbytes for v in values if isinstance(v, (torch.Tensor, PackedWeight)))
+    return sum(v.nbytes for v in values if isinstance(v, (torch.Tensor, PackedWeight, Quantized)))
 
 
 def results(function, inputs):

@@ -13,6 +13,7 @@ COMPILED = OPS["ssd"]["cpp"].refusal("cpu") is None
 PLAIN = {
     "ssd": "chunked", "conv": "lean", "attention": "sdpa", "experts": "loop", "router": "reference", "norm": "lean",
     "activation": "reference", "linear": "reference", "loss": "reference", "step": "layers",
+    "quant": "reference",
 }  # fmt: skip
 NEEDS_COMPILER = pytest.mark.skipif(not COMPILED, reason=f"no C++ kernels: {OPS['ssd']['cpp'].refusal('cpu')}")
 
@@ -57,7 +58,8 @@ def test_on_cuda_auto_takes_what_has_been_run(monkeypatch):
     """Where all libraries are there, too: unmeasured backends are for those who name them."""
     monkeypatch.setattr(triton, "reason", lambda: None)
     monkeypatch.setattr(libraries, "reason", lambda name: None)
-    assert chosen(select("cuda")) == PLAIN | {"experts": "grouped_mm"}
+    # Number formats are the exception: whoever has a library for them on a chip for them does not want them emulated.
+    assert chosen(select("cuda")) == PLAIN | {"experts": "grouped_mm", "quant": "transformer_engine"}
     choice = next(c for c in select("cuda").choices if c["op"] == "experts")
     assert choice["others"]["loop"] == "runs on cpu only" and choice["except"] == "float64: reference"
 

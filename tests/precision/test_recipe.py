@@ -150,7 +150,7 @@ def test_check_prints_every_linear(capsys, write):
         assert part.name.rsplit(".", 1)[-1] in text
     lines = text[text.index("Number formats") :].splitlines()
     out = next(line for line in lines if ".out_proj" in line and line.endswith("mxfp8"))
-    assert out.startswith("layers.{0,") and " 34 " in out
+    assert out.startswith("layers.{0..72}.mixer.out_proj ") and " 34 " in out
     check([str(write("nemotron3_super_nvfp4")), "--json"])
     facts = json.loads(capsys.readouterr().out)["precision"]
     assert facts["linears"]["layers.0.mixer.in_proj"] == "nvfp4" and facts["linears"]["lm_head"] == "bf16"
