@@ -142,7 +142,7 @@ class Emulated:
 
     def read(self, kept: Kept, dtype: torch.dtype, transpose: bool = False) -> Operand:
         """What `now` gives, from what `keep` kept."""
-        if isinstance(kept, Tensor):
+        if not isinstance(kept, Quantized):
             return (kept.T if transpose else kept).to(dtype), None
         v = self.ops.quantized_values(kept, dtype)
         if kept.across:

@@ -129,10 +129,6 @@ def parts(config: ModelConfig) -> Iterator[Part]:
 
 def formats(config: ModelConfig, precision: PrecisionConfig) -> dict[str, Gemms]:
     """The formats of every linear's three products, by name; what is fixed is left out."""
-    nvfp4 = {
-        "hadamard": precision.hadamard, "stochastic": precision.stochastic_rounding,
-        "square": precision.square_weight_blocks,
-    }  # fmt: skip
     tail, preset = PRESETS[precision.preset]
     if precision.tail is not None:
         tail = precision.tail
@@ -143,13 +139,14 @@ def formats(config: ModelConfig, precision: PrecisionConfig) -> dict[str, Gemms]
             continue
         rule = next((rule for rule in precision.rules if fnmatchcase(part.name, rule.match)), None)
         if rule is not None:
-            gemms = {gemm: getattr(rule, gemm) or rule.format for gemm in GEMMS}
+            fprop, dgrad, wgrad = (getattr(rule, gemm) or rule.format for gemm in GEMMS)
+        elif part.layer is not None and part.layer >= last:
+            fprop = dgrad = wgrad = "bf16"
         else:
-            format = next(format for pattern, format in preset if fnmatchcase(part.name, pattern))
-            if part.layer is not None and part.layer >= last:
-                format = "bf16"
-            gemms = dict.fromkeys(GEMMS, format)
-        found[part.name] = Gemms(**gemms, **nvfp4)
+            fprop = dgrad = wgrad = next(format for pattern, format in preset if fnmatchcase(part.name, pattern))
+        found[part.name] = Gemms(
+            fprop, dgrad, wgrad, precision.hadamard, precision.stochastic_rounding, precision.square_weight_blocks
+        )
     return found
 
 

@@ -152,8 +152,8 @@ def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
             model.numerics.on = state.step < config.steps - recipe.precision.bf16_last_steps
             model.numerics.step = state.step
             every = recipe.precision.statistics_every
-            watching = every > 0 and model.numerics.on and (state.step + 1) % every == 0
-            model.numerics.watch = Statistics() if watching else None
+            watch = every > 0 and model.numerics.on and (state.step + 1) % every == 0
+            model.numerics.watch = statistics = Statistics() if watch else None
             # A checkpoint that one rank could not write stops them all, at the same step.
             result = train_step(model, optimizer, micros, rate, recipe, world, stopping() or saver.failed)
             state.step += 1
@@ -164,11 +164,11 @@ def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
             else:
                 _not_finite(state, batch, run_dir, recipe, world, metrics)
             last = state.step == config.steps
-            measured = {"quantisation": model.numerics.watch.record()} if watching else {}
+            measured = {"quantisation": statistics.record()} if statistics is not None else {}
             model.numerics.watch = None
             if metrics is not None:
                 metrics.advance(state.step)
-                if state.step % recipe.log.every == 0 or last or state.step == 1 or watching:
+                if state.step % recipe.log.every == 0 or last or state.step == 1 or measured:
                     record = window.record(rate, machine_peak, flops, memory_gb(world.device), config.steps)
                     metrics.log({**record, **measured})
             if held_out is not None and (state.step % recipe.eval.every == 0 or last):

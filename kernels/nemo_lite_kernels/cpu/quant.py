@@ -60,6 +60,7 @@ def quantize_matrix(x, spec, seed=0, amax=None, offsets=None, transpose=False) -
     if not _takes(x, spec, transpose):
         return reference.quantize_matrix(x, spec, seed, amax, offsets, transpose)
     codes, scales, _, tensor_scale, own, starts = _run(x, spec, seed, amax, offsets, transpose, True, None)
+    assert codes is not None
     element = FORMATS[spec.format].element
     shape = torch.Size((x.shape[1], codes.shape[1] * (2 if element is E2M1 else 1))) if transpose else x.shape
     return Quantized(codes.view(element.dtype), scales, tensor_scale, spec, shape, own, starts, transpose)
