@@ -10,6 +10,7 @@ import torch
 from nemo_lite_kernels import OPS, Backend, chosen
 
 from nemo_lite.config import ModelConfig, UserError, load_recipe
+from nemo_lite.precision.recipe import formats
 
 
 def wanted(text: str | None, device: str | torch.device = "cpu") -> dict[str, str]:
@@ -59,7 +60,7 @@ def cpu_facts() -> dict[str, str]:
     }
 
 
-def unused(op: str, config: ModelConfig) -> str | None:
+def unused(op: str, config: ModelConfig, quantised: bool = False) -> str | None:
     """Why a model does not use an op, or None."""
     letters, shared = config.layers + config.mtp_layers, config.n_shared_experts > 0
     if op in ("ssd", "conv") and "M" not in letters:
@@ -68,6 +69,8 @@ def unused(op: str, config: ModelConfig) -> str | None:
         return "the model has no attention layer"
     if op in ("experts", "router") and "E" not in letters:
         return "the model has no MoE layer"
+    if op == "quant" and not quantised:
+        return "no linear has a number format of its own"
     if op == "activation" and "-" not in letters and not (shared and "E" in letters):
         return "the model has no MLP and no shared expert"
     return None
@@ -95,16 +98,18 @@ def used(op: str, why: str, chain: list[str], dtype: torch.dtype, training: bool
 # -------------------------------------------------------------------------------------------------------------- command
 
 
-def _target(path: str) -> tuple[ModelConfig, torch.dtype, bool, dict[str, str]]:
-    """The config, computing dtype, whether it is trained, and backends asked for: of a MODEL_DIR or a recipe."""
+def _target(path: str) -> tuple[ModelConfig, torch.dtype, bool, dict[str, str], bool]:
+    """The config, computing dtype, whether it is trained, backends asked for, and whether linears have number formats:
+    of a MODEL_DIR or a recipe."""
     if not Path(path).is_dir():
         recipe = load_recipe(path)
-        return recipe.model, getattr(torch, recipe.train.dtype), True, dict(vars(recipe.kernels))
+        quantised = any(not gemms.plain for gemms in formats(recipe.model, recipe.precision).values())
+        return recipe.model, getattr(torch, recipe.train.dtype), True, dict(vars(recipe.kernels)), quantised
     from nemo_lite.model.hf import TensorFiles, load_config
 
     config, files = load_config(path), TensorFiles(Path(path))
     dtypes = [files.dtype(name) for name in files.names() if "embed" in name]
-    return config, dtypes[0] if dtypes else torch.float32, False, {}
+    return config, dtypes[0] if dtypes else torch.float32, False, {}, False
 
 
 def _show(target: str | None, device: str, asked: dict[str, str]) -> None:
@@ -121,9 +126,9 @@ def _show(target: str | None, device: str, asked: dict[str, str]) -> None:
             made.add_column(column, no_wrap=i < 2, overflow="fold")
         return made
 
-    config, dtype, training = None, torch.float32, False
+    config, dtype, training, quantised = None, torch.float32, False, False
     if target is not None:
-        config, dtype, training, own = _target(target)
+        config, dtype, training, own, quantised = _target(target)
         asked = own | asked
     choices = _choices(asked, device)
 
@@ -146,7 +151,7 @@ def _show(target: str | None, device: str, asked: dict[str, str]) -> None:
     work = f"{'training' if training else 'inference'} in {str(dtype).removeprefix('torch.')}"
     uses = table(f"What {target or 'a model'} would use on {device} ({work})", "op", "backend", "why")
     for op, _, why, chain, _ in choices:
-        if config is not None and (reason := unused(op, config)) is not None:
+        if config is not None and (reason := unused(op, config, quantised)) is not None:
             uses.add_row(op, "", reason)
         else:
             uses.add_row(op, *used(op, why, chain, dtype, training))

@@ -149,8 +149,8 @@ def test_check_prints_every_linear(capsys, write):
     for part in parts(load_recipe(SUPER).model):
         assert part.name.rsplit(".", 1)[-1] in text
     lines = text[text.index("Number formats") :].splitlines()
-    out = next(line for line in lines if ".out_proj" in line and line.endswith("mxfp8"))
-    assert out.startswith("layers.{0..72}.mixer.out_proj ") and " 34 " in out
+    out = next(line for line in lines if ".out_proj" in line and line.rstrip().endswith("mxfp8"))
+    assert out.startswith("layers.{0..73}.mixer.out_proj ") and " 34 " in out
     check([str(write("nemotron3_super_nvfp4")), "--json"])
     facts = json.loads(capsys.readouterr().out)["precision"]
     assert facts["linears"]["layers.0.mixer.in_proj"] == "nvfp4" and facts["linears"]["lm_head"] == "bf16"
