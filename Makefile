@@ -52,7 +52,7 @@ check: $(STAMP)
 
 # The library is loaded into a Python that was built without the sanitiser: its runtime must be there first, and the one
 # of C++ before it looks for what throws.
-SANITIZED := $(addprefix tests/kernels/test_,linear.py step.py cpu_kernels.py cpu_moe.py cpu_loss.py)
+SANITIZED := $(addprefix tests/kernels/test_,linear.py step.py cpu_kernels.py cpu_moe.py cpu_loss.py cpu_quant.py)
 sanitize: $(STAMP)
 	@command -v c++ >/dev/null || { echo "skipped: no C++ compiler (c++)"; exit 0; }; \
 	for kind in undefined:libubsan.so address:libasan.so; do \

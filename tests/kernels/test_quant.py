@@ -319,8 +319,6 @@ def test_what_does_not_exist_is_refused(call):
 
 # ------------------------------------------------------------------------------------------------------------ backends
 
-SHAPES = [(1, 16), (3, 70), (37, 48), (130, 144), (0, 32)]
-
 
 @functools.cache
 def backends():
@@ -354,42 +352,6 @@ def check_backend(backend, x, spec, seed=7, amax=None, offsets=None, transpose=F
         w, found = backend.operand(x, spec, seed, amax, offsets, transpose, dtype)
         assert same(w, v) and same(found, scale)
         assert same(backend.values(want, dtype), v)
-
-
-@pytest.mark.parametrize("level", cpu.levels())
-@pytest.mark.parametrize("format,block", BLOCKS)
-def test_cpp_equals_the_reference_bit_for_bit(format, block, level):
-    if (reason := cpu.reason()) is not None:
-        pytest.skip(reason)
-    from nemo_lite_kernels.cpu import quant as cpp
-
-    cpu.use(level)
-    try:
-        for i, (R, K) in enumerate(SHAPES):
-            for dtype in (torch.float32, torch.bfloat16):
-                x = torch.randn(R, K, generator=torch.Generator().manual_seed(i)).to(dtype)
-                for stochastic in (False, True):
-                    for turned in (False, True):
-                        for rotate in (False, True) if format == "nvfp4" else (False,):
-                            spec = Spec(format, block, stochastic, rotate)
-                            check_backend(cpp, x, spec, transpose=turned)
-                            if R > 3:
-                                offsets = torch.tensor([0, 0, R // 3, R - 2, R])
-                                check_backend(cpp, x, spec, -5, offsets=offsets, transpose=turned)
-                                check_backend(cpp, x, spec, amax=torch.tensor([2.5] * 4), offsets=offsets)
-        for _, x in adversarial():
-            check_backend(cpp, x, Spec(format, block))
-            check_backend(cpp, x, Spec(format, block, True), transpose=True)
-        for bad in (math.inf, math.nan):
-            x = torch.randn(40, 64)
-            x[33, 7] = bad
-            check_backend(cpp, x, Spec(format, block))
-            check_backend(cpp, x, Spec(format, block), transpose=True, offsets=torch.tensor([0, 16, 40]))
-        big = torch.randn(8, 200)[:, 3:131]  # rows apart
-        check_backend(cpp, big, Spec(format, block))
-        check_backend(cpp, big, Spec(format, block), transpose=True)
-    finally:
-        cpu.use()
 
 
 @pytest.mark.parametrize("format,block", BLOCKS)
