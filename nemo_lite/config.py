@@ -312,7 +312,7 @@ class PrecisionRule:
 class PrecisionConfig:
     """Number formats that linears multiply in. `precision: NAME` stands for `precision.preset: NAME`."""
 
-    preset: Literal["bf16", "fp8", "mxfp8", "nvfp4", "nemotron3_super_nvfp4"] = key(
+    preset: Literal["bf16", "fp8", "fp8_block", "mxfp8", "nvfp4", "nemotron3_super_nvfp4"] = key(
         "bf16", "`bf16` is train.dtype everywhere; `nemotron3_super_nvfp4` the published recipe; others: every linear"
     )
     rules: list[PrecisionRule] = key(list, "exceptions from the preset; the first that matches a name decides")

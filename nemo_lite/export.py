@@ -105,8 +105,9 @@ def _packing(model, recipe, tokenizer, trained, format: str, rows: int) -> dict:
     for row in table(model):
         for name in row.theirs:
             part = re.sub(r"\.experts\.\d+\.\w+$", ".experts", linear(name))
-            # In the file two codes are a byte and 16 share a scale.
-            if part in trained and row.shape[-1] % 16 == 0:
+            # In the file two codes are a byte and 16 share a scale; a layer's experts are stored in one format.
+            sizes = row.shape if part.endswith(".experts") else row.shape[-1:]
+            if part in trained and all(size % 16 == 0 for size in sizes):
                 packed[name] = trained[part]
             elif len(row.shape) == 2 and name.endswith(".weight"):
                 kept.append(name.removesuffix(".weight"))
@@ -141,11 +142,11 @@ def _input_ranges(model, recipe, tokenizer, rows: int) -> dict[str, float]:
                 found[key] = max(found.get(key, 0.0), float(part.abs().max()))
 
     prepare(recipe.data, tokenizer, validation=False, progress=lambda text: None)
-    model.numerics.watch = watch
+    model.numerics.watch, model.numerics.after = watch, True
     with PackedLoader(recipe.data, tokenizer, seed=recipe.seed, global_batch_size=rows) as loader, torch.no_grad():
         for micro in next(iter(loader)).split(recipe.train.micro_batch_size):
             model(micro.input_ids, doc_ids=micro.doc_ids, labels=micro.labels)
-    model.numerics.watch = None
+    model.numerics.watch, model.numerics.after = None, False
     return found
 
 

@@ -16,18 +16,20 @@ magnitude of the block; E4M3() and E2M1() round to the nearest, ties to even):
     fp8         S = min(448 / A, largest float32), 1 where A = 0;  q = E4M3(clamp(x S, +-448)), tensor scale 1/S
     fp8_block   S_b = 2^floor(log2(min(448 / a_b, largest float32))), 1 where a_b = 0;  q = E4M3(x S_b), scale 1/S_b
 
-An infinity or a NaN makes the scale over it NaN (the tensor's, or without one its block's), and so all that is read
-back under that scale: nothing is hidden, nothing is refused.
+These are Transformer Engine's steps and bits (2.20, without its fast math), but for its random bits (eight a number, of
+torch's generator) and for what is not finite: here an infinity or a NaN makes the scale over it NaN (the tensor's, or
+without one its block's), and so all that is read back under that scale: nothing is hidden, nothing is refused.
 
-Code x block scale, without the tensor's scale, is exact in bfloat16 for every format: that is what an emulated product
-multiplies.
+Code x block scale, without the tensor's scale, is exact in bfloat16 for every format (down to 2^-133, bfloat16's own
+end): that is what an emulated product multiplies.
 
 Stochastic rounding takes the upper one of a value's two neighbours with the probability of its place between them, in
 steps of 2^-16. The random half words are those of Philox4x32-7 with the key `seed` (low, high word) and the counter
 (i // 8 low, high, 0, 0) for element i of the padded matrix: word (i % 8) // 2, its low half first.
 
 The random Hadamard transform multiplies every 16 values along the last axis by H = diag(signs) H16 / 4, H16 being
-Sylvester's matrix. H is orthogonal: applied to both operands of a product along the contraction, it cancels.
+Sylvester's matrix. H is orthogonal: applied to both operands of a product along the contraction, it cancels. Sums are
+in float32 and rounded to the input's dtype, before magnitudes are taken.
 
 Philox4x32 (Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3", doi
 10.1145/2063384.2063405) maps a counter of four words of 32 bits and a key of two to four random words. There is no
@@ -177,8 +179,6 @@ class Spec:
         if block is not None and block not in blocks:
             allowed = " or ".join(f"{rows}x{columns}" for rows, columns in blocks) or "none: one scale for the tensor"
             raise ValueError(f"{format} has no blocks of {'x'.join(map(str, block))}; its blocks are {allowed}")
-        if hadamard and block is not None and block[1] % 16:
-            raise ValueError("the Hadamard transform takes 16 values at a time")
         return cls(format, block, rounding == "stochastic", hadamard)
 
     @property
@@ -210,6 +210,7 @@ class Quantized:
 
     @property
     def nbytes(self) -> int:
+        """Of codes and scales."""
         return sum(t.nbytes for t in (self.codes, self.scales, self.tensor_scale) if t is not None)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -243,6 +244,29 @@ def quantize(
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """What the codes stand for: code x block scale x tensor scale in float32, then in `dtype`."""
     return q.dequantize(dtype)
+
+
+class DelayedScaling:
+    """FP8's delayed scaling (Micikevicius et al., arXiv 2209.05433): a tensor is scaled by the largest magnitude among
+    its last `length` predecessors, which is known before the tensor is.
+
+        q = scaling.quantize(x)      # x beyond those magnitudes saturates; the first one is scaled by its own
+    """
+
+    def __init__(self, format: str = "fp8", length: int = 1024):
+        if FORMATS[format].blocks or not FORMATS[format].tensor_scale:
+            raise ValueError(f"delayed scaling is for formats with one scale a tensor, and {format} is none")
+        self.format, self.length = format, length
+        self.history: list[float] = []  # the newest last; state to save and to restore
+
+    def quantize(self, x: Tensor) -> Quantized:
+        """x in codes; its largest magnitude joins the history, unless it is not finite."""
+        amax = torch.tensor([max(self.history)], device=x.device) if self.history else None
+        q = quantize(x, self.format, amax=amax)
+        assert q.amax is not None
+        if (own := float(q.amax)) < float("inf"):
+            self.history = [*self.history, own][-self.length :]
+        return q
 
 
 def fake_quantize(
@@ -380,7 +404,9 @@ def arrange(
     else:
         m, starts = F.pad(m, (0, -m.shape[1] % width)), bounds
         segment = torch.arange(len(sizes)).repeat_interleave(sizes)
-    return hadamard(m) if spec.hadamard else m, segment.to(x.device), starts, sizes
+    if spec.hadamard:
+        m = hadamard(m).to(x.dtype).float()
+    return m, segment.to(x.device), starts, sizes
 
 
 def round_to(v: Tensor, element: Element, random: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -286,7 +286,13 @@ class TensorFiles:
         return {name for name in self._file if not name.endswith(modelopt.BESIDE)}
 
     def everything(self) -> set[str]:
+        """All tensors, scales too."""
         return set(self._file)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights are stored as codes."""
+        return any(name.endswith(modelopt.BESIDE[0]) for name in self._file)
 
     def shape(self, name: str) -> tuple[int, ...]:
         stored = tuple(self._open(self._file[name]).get_slice(name).get_shape())
@@ -359,7 +365,8 @@ def load_model(cls, model_dir: Path, *, dtype=None, device="cpu", kernels=None, 
         files = TensorFiles(model_dir)
         table = rows(model)
         check_tensors(table, files, str(model_dir), config.tie_word_embeddings)
-        dtype = files.dtype(table[0].theirs[0])
+        # Weights in codes are float32 numbers that no narrower dtype holds.
+        dtype = torch.float32 if files.quantised else files.dtype(table[0].theirs[0])
     # A weight to be packed is never there in full beside the others; a tied head is the embedding's until the end.
     later = (
         {n for n in model.packable() if not (config.tie_word_embeddings and n == "head.weight")} if quantization else ()
@@ -422,10 +429,13 @@ def save_model(
 
     for row in rows(model):
         tensor = tensors[row.ours].detach()
-        if dtype is not None:
-            tensor = tensor.to(torch.promote_types(dtype, torch.float32) if FLOAT32.search(row.ours) else dtype)
+        kind = tensor.dtype if dtype is None else dtype
+        if dtype is not None and FLOAT32.search(row.ours):
+            kind = torch.promote_types(dtype, torch.float32)
+        if pack is None:
+            tensor = tensor.to(kind)
         for name, part in to_hf(row, tensor.cpu()):
-            found = (pack(name, part) if pack is not None else None) or {name: part}
+            found = (pack(name, part) if pack is not None else None) or {name: part.to(kind)}
             nbytes = sum(t.nbytes for t in found.values())
             if size + nbytes > shard_bytes:
                 flush()

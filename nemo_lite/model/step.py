@@ -17,6 +17,7 @@ from nemo_lite.model.attention import Attention
 from nemo_lite.model.context import Context
 from nemo_lite.model.mamba2 import Mamba2
 from nemo_lite.model.moe import MLP, LatentMoE
+from nemo_lite.parallel.layers import Experts
 
 
 def plan(layers: Sequence[nn.Module], config: ModelConfig, ops):
@@ -29,7 +30,8 @@ def plan(layers: Sequence[nn.Module], config: ModelConfig, ops):
         return None
     packed = []
     for module in (m for layer in layers for m in layer.modules()):
-        if getattr(module, "matmul", ops.linear) is not ops.linear:
+        experts = module.op if isinstance(module, Experts) else ops.experts
+        if getattr(module, "matmul", ops.linear) is not ops.linear or experts is not ops.experts:
             return None
         if module._forward_hooks or module._forward_pre_hooks:  # somebody wants to see each module run
             return None

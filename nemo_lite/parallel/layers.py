@@ -135,13 +135,20 @@ class Layers:
         emulated = self.emulated.get(name)
         if emulated is None:
             return self.ops.linear
-        if self.native and te.refusal(emulated.gemms, n_in, n_out) is None:
-            return te.Native(name, emulated.gemms, self.numerics, self.ops)
+        if not self.native:
+            return emulated
+        if (why := te.refusal(emulated.gemms, n_in, n_out)) is None:
+            return te.Native(emulated)
+        self.numerics.refused[name] = why
         return emulated
 
     def experts_for(self, name: str) -> Callable:
         """What the routed experts of this name are computed with."""
-        return self.emulated[name].experts if name in self.emulated else self.ops.experts
+        if name not in self.emulated:
+            return self.ops.experts
+        if self.native:
+            self.numerics.refused[name] = "experts are always emulated"
+        return self.emulated[name].experts
 
     def linear(self, name: str, n_in: int, n_out: int) -> nn.Module:
         """A linear that is whole on every rank."""

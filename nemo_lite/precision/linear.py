@@ -13,7 +13,8 @@ A quantised linear rounds both operands of each of its three products to codes o
 
 In NVFP4 blocks are 1x16, those of W 16x16, and both operands of wgrad go through the Hadamard transform; "stochastic"
 is NVFP4's alone (arXiv 2509.25149, section 4). Values without tensor scales are exact in bfloat16, so that products are
-those of the hardware up to the order of their float32 sums; the two tensor scales are multiplied in afterwards. X^T and
+those of the hardware up to the order of their float32 sums; the two tensor scales are multiplied in afterwards. A CPU
+multiplies them in float32, whose sums are float32 on every CPU. X^T and
 W are kept as codes for the backward pass: 4.5 bits a number in NVFP4.
 
 Experts do the same for each expert by itself: its own largest magnitudes, and its tokens padded with zeros to whole
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 from nemo_lite_kernels import Ops
-from nemo_lite_kernels.common import accumulate_dtype, product_dtype
+from nemo_lite_kernels.common import accumulate_dtype
 from nemo_lite_kernels.moe import sort_by_expert
 from nemo_lite_kernels.quant import Quantized, Spec
 from torch import Tensor
@@ -59,15 +60,19 @@ class Numerics:
 
     on       False: everything is multiplied in the computing dtype (a run's tail)
     step     of the run; with the micro batch, the rank, a linear's name and its calls so far, it seeds what is random
+    after    the experts' routing weights are multiplied in after the down projection, as servers do: to measure ranges
+    refused  linears that a native engine could have multiplied, and why it does not
     watch    called with (name, operand, x, spec, offsets, transpose) for everything that is quantised, if set
     """
 
     seed: int = 0
     on: bool = True
     step: int = 0
+    after: bool = False
     watch: Callable[..., None] | None = None
     place: tuple[int, int] = (0, 0)
     calls: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
 
     def begin(self, micro: int, rank: int) -> None:
         """The forward and backward of this rank's micro batch `micro` follow."""
@@ -114,7 +119,7 @@ class Emulated:
         """y [.., out] of x [.., in]."""
         if not self.numerics.on:
             return self.ops.linear(x, weight)
-        y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, self)
+        y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, self, torch.is_grad_enabled())
         return y.view(*x.shape[:-1], weight.shape[0])
 
     def experts(self, x_TL: Tensor, expert_Tk: Tensor, weight_Tk: Tensor, up_EFL: Tensor, down_ELF: Tensor) -> Tensor:
@@ -122,15 +127,15 @@ class Emulated:
         the down projection, as Megatron-core does: nothing of the output is kept."""
         if not self.numerics.on:
             return self.ops.experts(x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF)
-        return _Experts.apply(x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF, self)
+        return _Experts.apply(x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF, self, torch.is_grad_enabled())
 
     def now(self, gemm: str, which: str, x: Tensor, seed=0, offsets=None, transpose=False, part="") -> Operand:
         """x, or its transpose, as an operand. `part` tells an expert's two projections apart in what is measured."""
         spec = self._watched(gemm, which, x, offsets, transpose, part)
         if spec is None:
-            return (x.T if transpose else x).to(product_dtype(x)), None
+            return (x.T if transpose else x).to(_product_dtype(x)), None
         across = transpose and not _both_ways(spec)
-        v, scale = self.ops.operand(x, spec, seed, offsets=offsets, transpose=across, dtype=product_dtype(x))
+        v, scale = self.ops.operand(x, spec, seed, offsets=offsets, transpose=across, dtype=_product_dtype(x))
         return v[:, : x.shape[1]].T if transpose and not across else v, scale
 
     def keep(self, gemm: str, which: str, x: Tensor, offsets=None, transpose=False, part="") -> Kept:
@@ -170,13 +175,17 @@ def _both_ways(spec: Spec | None) -> bool:
     return spec is None or spec.block is None or spec.block[0] == spec.block[1]
 
 
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Of operands: bfloat16 where its products have float32 sums and results (CUDA), else float32."""
+    return torch.bfloat16 if x.is_cuda and x.dtype == torch.bfloat16 else torch.float32
+
+
 def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a * b
 
 
 def _product(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
-    """a b^T times the tensor scales, in `dtype`. Sums are float32 (on a CPU with a bfloat16 product, rounded to that
-    before the scales)."""
+    """a b^T times the tensor scales, in `dtype`; sums are float32."""
     (a_MK, a_scale), (b_NK, b_scale) = a, b
     K = min(a_MK.shape[1], b_NK.shape[1])  # one of them may be padded
     y = _mm(a_MK[:, :K], b_NK[:, :K].T)
@@ -216,11 +225,11 @@ def _saved(ctx) -> Iterator[Any]:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, plan: Emulated):
-        w, kind = weight.to(x.dtype), product_dtype(x)
+    def forward(ctx, x, weight, plan: Emulated, training: bool):
+        w, kind = weight.to(x.dtype), _product_dtype(x)
         kept, turned = plan.weight(w)
         y = _product(plan.now("fprop", "x", x), plan.read(kept, kind), x.dtype)
-        need_x, need_w = ctx.needs_input_grad[:2]
+        need_x, need_w = (training and need for need in ctx.needs_input_grad[:2])
         if need_x or need_w:
             _save(
                 ctx, (turned if turned is not None else kept) if need_x else None,
@@ -234,13 +243,13 @@ class _Linear(torch.autograd.Function):
         plan, dx, dw = ctx.plan, None, None
         seed = plan.numerics.seed_for(plan.name)
         w, x = _saved(ctx)
-        kind, dy = product_dtype(dy), dy if dy.stride(-1) == 1 else dy.contiguous()
+        kind, dy = _product_dtype(dy), dy if dy.stride(-1) == 1 else dy.contiguous()
         if w is not None:
             dx = _product(plan.now("dgrad", "dy", dy, _mix(seed)), plan.read(w, kind, True), dy.dtype)
         if x is not None:
             a = plan.now("wgrad", "dy", dy, _mix(seed + 1), transpose=True)
             dw = _product(a, plan.read(x, kind, True), ctx.dtype)
-        return dx, dw, None
+        return dx, dw, None, None
 
 
 @dataclass
@@ -258,7 +267,7 @@ class _Groups:
         """[S, N]: each expert's rows of a times its own b^T."""
         a_SK, a_scale = a
         K = min(a_SK.shape[1], b_ENK.shape[2])
-        y = a_SK.new_empty(a_SK.shape[0], b_ENK.shape[1], dtype=torch.float32 if a_SK.is_cuda else a_SK.dtype)
+        y = a_SK.new_empty(a_SK.shape[0], b_ENK.shape[1], dtype=torch.float32)
         for e, (first, last) in enumerate(zip(self.bounds, self.bounds[1:])):
             if last > first:
                 y[first:last] = _mm(a_SK[first:last, :K], b_ENK[e, :, :K].T)
@@ -283,8 +292,8 @@ class _Groups:
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF, plan: Emulated):
-        dtype, kind = x_TL.dtype, product_dtype(x_TL)
+    def forward(ctx, x_TL, expert_Tk, weight_Tk, up_EFL, down_ELF, plan: Emulated, training: bool):
+        dtype, kind = x_TL.dtype, _product_dtype(x_TL)
         order, counts_E = sort_by_expert(expert_Tk, up_EFL.shape[0])
         offsets = torch.nn.functional.pad(counts_E.cumsum(0), (1, 0)).cpu()
         groups = _Groups(offsets, offsets.tolist())
@@ -294,12 +303,16 @@ class _Experts(torch.autograd.Function):
         up, up_turned, up_b, up_scale = _stack(plan, up_EFL, dtype, kind, ".up_proj")
         u_SF = groups.products(plan.now("fprop", "x", x_SL, offsets=offsets, part=".up_proj"), up_b, up_scale, dtype)
         u_SF = u_SF.relu_()
-        a_SF = u_SF.square().mul_(weight_S1)
+        a_SF = u_SF.square()
+        if not plan.numerics.after:
+            a_SF = a_SF.mul_(weight_S1)
         down, down_turned, down_b, down_scale = _stack(plan, down_ELF, dtype, kind, ".down_proj")
         a = plan.now("fprop", "x", a_SF, offsets=offsets, part=".down_proj")
         y_SL = groups.products(a, down_b, down_scale, accumulate_dtype(x_TL))
+        if plan.numerics.after:
+            y_SL = y_SL * weight_S1
         y_TL = torch.zeros_like(x_TL, dtype=y_SL.dtype).index_add_(0, token_S, y_SL).to(dtype)
-        if any(ctx.needs_input_grad):
+        if training and any(ctx.needs_input_grad):
             _save(
                 ctx, order, weight_S1, u_SF, up if up_turned is None else up_turned,
                 down if down_turned is None else down_turned,
@@ -316,7 +329,7 @@ class _Experts(torch.autograd.Function):
         seed = plan.numerics.seed_for(plan.name)
         x_shape, weight_shape, weight_dtype, master = ctx.like
         order, weight_S1, u_SF, up, down, x, a = _saved(ctx)
-        dtype, kind, E = u_SF.dtype, product_dtype(u_SF), len(groups.bounds) - 1
+        dtype, kind, E = u_SF.dtype, _product_dtype(u_SF), len(groups.bounds) - 1
         token_S = order // weight_shape[1]
         spec = spec_of(plan.gemms, "wgrad", "x")
         width = 1 if spec is None or _both_ways(spec) else spec.width
@@ -340,7 +353,7 @@ class _Experts(torch.autograd.Function):
         dup = sums(dh_SF, x, 3, ".up_proj")
         dx = torch.zeros(x_shape, dtype=accumulate_dtype(u_SF), device=dy_TL.device)
         dx = dx.index_add_(0, token_S, dx_SL.to(dx.dtype)).to(dtype)
-        return dx, None, dweight.view(weight_shape), dup, ddown, None
+        return dx, None, dweight.view(weight_shape), dup, ddown, None, None
 
 
 def _stack(plan: Emulated, w_EMN: Tensor, dtype: torch.dtype, kind: torch.dtype, part: str):

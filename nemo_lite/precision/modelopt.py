@@ -10,6 +10,7 @@ the dtype of X.weight and its scales tell the format.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -82,6 +83,13 @@ def config(format: str, ignore: Iterable[str]) -> dict[str, Any]:
 
 
 def amax_over_experts(amax: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
-    """The inputs' largest magnitudes by name; for names that no calibration token has reached, the largest of all."""
-    most = max(amax.values(), default=1.0)
-    return {name: amax.get(name) or most for name in names}
+    """The inputs' largest magnitudes by name; for an expert that no calibration token has reached, the largest of its
+    layer's others."""
+
+    def kind(name: str) -> str:
+        return re.sub(r"\.experts\.\d+\.", ".experts.", name)
+
+    most: dict[str, float] = {}
+    for name, value in amax.items():
+        most[kind(name)] = max(most.get(kind(name), 0.0), value)
+    return {name: amax.get(name) or most[kind(name)] for name in names}

@@ -30,6 +30,7 @@ GEMMS = ("fprop", "dgrad", "wgrad")
 PRESETS: dict[str, tuple[float, tuple[tuple[str, str], ...]]] = {
     "bf16": (0.0, (("*", "bf16"),)),
     "fp8": (0.0, (("*", "fp8"),)),
+    "fp8_block": (0.0, (("*", "fp8_block"),)),
     "mxfp8": (0.0, (("*", "mxfp8"),)),
     "nvfp4": (0.0, (("*", "nvfp4"),)),
     "nemotron3_super_nvfp4": (
@@ -169,10 +170,16 @@ def problems(config: ModelConfig, precision: PrecisionConfig, dtype: str) -> Ite
             else:
                 yield where, f"{rule.match!r} matches no linear; names are such as {', '.join(_examples(names))}"
         elif len(hits) == len(names):
-            yield where, f"{rule.match!r} matches every linear; say precision.preset: {rule.format} instead"
+            same = all(getattr(rule, gemm) in (None, rule.format) for gemm in GEMMS)
+            right = f"say precision.preset: {rule.format} instead" if same else "only a preset may"
+            yield where, f"{rule.match!r} matches every linear; {right}"
         elif not hits & left:
             yield where, f"{rule.match!r} matches only what the rules above it have taken; move it up or remove it"
         left -= hits
+    used = {getattr(g, gemm) for g in formats(config, precision).values() for gemm in GEMMS}
+    for name in ("hadamard", "stochastic_rounding", "square_weight_blocks"):
+        if not getattr(precision, name) and "nvfp4" not in used:
+            yield f"precision.{name}", "false changes nothing: no product is in nvfp4"
     if dtype == "float64" and any(not gemms.plain for gemms in formats(config, precision).values()):
         yield "precision.preset", "number formats are made from float32 or bfloat16, and train.dtype is float64"
 

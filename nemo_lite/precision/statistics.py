@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from nemo_lite_kernels.quant import FORMATS, Spec, arrange, quantize_matrix, values
 from torch import Tensor
@@ -13,12 +15,14 @@ class Statistics:
     """Sums over everything that is quantised while it is `Numerics.watch`."""
 
     def __init__(self) -> None:
+        self.seconds = 0.0  # that measuring took
         self.sums: dict[tuple[str, str], Tensor] = {}
 
     def __call__(self, name: str, operand: str, x: Tensor, spec: Spec, offsets: Tensor | None, transpose: bool) -> None:
         """Measure x, which the operand "fprop x" (or the like) of the linear `name` is made from."""
         if not x.numel():
             return
+        began = time.perf_counter()
         transpose = transpose and spec.block is not None
         m = arrange(x, spec, offsets, transpose)[0]
         q = quantize_matrix(x, spec, offsets=offsets, transpose=transpose)
@@ -30,8 +34,8 @@ class Statistics:
                 scale = scale if transpose else scale[:, None]
             v = v * scale
         else:
-            scale = torch.ones(())
-        blocks = torch.ones(1, 1) if q.scales is None else q.scales.float()
+            scale = torch.ones((), device=x.device)
+        blocks = torch.ones(1, 1, device=x.device) if q.scales is None else q.scales.float()
         width = m.shape[1] if q.scales is None else spec.width
         most = FORMATS[spec.format].element.largest * blocks.repeat_interleave(width, 1) * scale
         size = m.abs()
@@ -43,6 +47,7 @@ class Statistics:
         found = torch.cat([torch.stack([s.double() for s in sums]), torch.histc(below, BINS, 0, BINS).double()])
         key = (name, operand)
         self.sums[key] = self.sums[key] + found if key in self.sums else found
+        self.seconds += time.perf_counter() - began
 
     def record(self) -> dict[str, dict[str, dict]]:
         """Linear -> operand -> `flushed` and `saturated`, shares of the values that are not zero; `error`, the norm of

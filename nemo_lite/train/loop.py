@@ -152,7 +152,7 @@ def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
             model.numerics.on = state.step < config.steps - recipe.precision.bf16_last_steps
             model.numerics.step = state.step
             every = recipe.precision.statistics_every
-            watch = every > 0 and model.numerics.on and (state.step + 1) % every == 0
+            watch = world.main and every > 0 and model.numerics.on and (state.step + 1) % every == 0
             model.numerics.watch = statistics = Statistics() if watch else None
             # A checkpoint that one rank could not write stops them all, at the same step.
             result = train_step(model, optimizer, micros, rate, recipe, world, stopping() or saver.failed)
@@ -164,8 +164,11 @@ def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
             else:
                 _not_finite(state, batch, run_dir, recipe, world, metrics)
             last = state.step == config.steps
-            measured = {"quantisation": statistics.record()} if statistics is not None else {}
-            model.numerics.watch = None
+            measured = {}
+            if statistics is not None:
+                measured["quantisation"] = statistics.record()
+                window.leave_out(statistics.seconds)
+                model.numerics.watch = None
             if metrics is not None:
                 metrics.advance(state.step)
                 if state.step % recipe.log.every == 0 or last or state.step == 1 or measured:
@@ -419,5 +422,14 @@ def _introduction(recipe: Recipe, world: World, model: HybridLM, loader: PackedL
         f"{recipe.model.pattern}{f' + MTP {recipe.model.mtp.pattern}' if recipe.model.mtp.pattern else ''}: "
         f"{short(counts['total'])} parameters, {short(counts['active'])} active; {world.size} x {world.device.type}, "
         f"{recipe.train.dtype}; {short(batch)} tokens a step of {short(sum(loader.tokens_per_epoch))} an epoch; "
-        f"kernels: {kernels}"
+        f"kernels: {kernels}{_emulated(model)}"
     )
+
+
+def _emulated(model: HybridLM) -> str:
+    """How many linears the native engine of number formats does not take, and why."""
+    reasons: dict[str, int] = {}
+    for why in model.numerics.refused.values():
+        reasons[why] = reasons.get(why, 0) + 1
+    words = "; ".join(f"{count} ({why})" for why, count in reasons.items())
+    return f"; number formats emulated in {words}" if words else ""

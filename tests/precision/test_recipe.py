@@ -109,8 +109,8 @@ def write(tmp_path):
 
 
 @pytest.mark.parametrize("precision,sentence", [
-    ("nvfp5", "x.yaml:2: precision.preset: 'nvfp5' is not one of bf16, fp8, mxfp8, nvfp4, nemotron3_super_nvfp4; "
-              "did you mean nvfp4?"),
+    ("nvfp5", "x.yaml:2: precision.preset: 'nvfp5' is not one of bf16, fp8, fp8_block, mxfp8, nvfp4, "
+              "nemotron3_super_nvfp4; did you mean nvfp4?"),
     ('{rules: [{match: "*.qproj", format: fp8}]}', "precision.rules[0].match: '*.qproj' matches no linear; names are"),
     ('{rules: [{match: "*", format: fp8}]}', "matches every linear; say precision.preset: fp8 instead"),
     ('{rules: [{match: "layers.*", format: fp8}]}', "matches every linear"),
@@ -118,6 +118,8 @@ def write(tmp_path):
     ('{rules: [{match: "*.gate", format: fp8}]}', "which stays in float32"),
     ('{rules: [{match: "layers.0.*", format: fp8}, {match: "layers.0.mixer.in_proj", format: bf16}]}',
      "precision.rules[1].match: 'layers.0.mixer.in_proj' matches only what the rules above it have taken"),
+    ('{rules: [{match: "*", format: fp8, wgrad: bf16}]}', "'*' matches every linear; only a preset may"),
+    ("{preset: mxfp8, hadamard: false}", "precision.hadamard: false changes nothing: no product is in nvfp4"),
     ("{tail: 1.5}", "precision.tail: must be <= 1, got 1.5"),
     ("{rules: [{match: '*.in_proj', format: nvfp8}]}", "'nvfp8' is not one of bf16, fp8, fp8_block, mxfp8, nvfp4"),
     ("{bf16_last_steps: 1000}", "precision.bf16_last_steps: 1000 exceeds train.steps = 100"),
@@ -137,8 +139,8 @@ def test_float64_has_no_number_formats(write):
 def test_a_name_stands_for_the_preset(write):
     assert load_recipe(write("mxfp8")).precision.preset == "mxfp8"
     assert load_recipe(write("mxfp8"), ["precision=nvfp4", "precision.tail=0.5"]).precision.tail == 0.5
-    recipe = load_recipe(write("mxfp8"), ["precision={preset: fp8, hadamard: false}"])
-    assert recipe.precision.preset == "fp8" and not recipe.precision.hadamard
+    recipe = load_recipe(write("mxfp8"), ["precision={preset: nvfp4, hadamard: false}"])
+    assert recipe.precision.preset == "nvfp4" and not recipe.precision.hadamard
     with pytest.raises(RecipeError, match=r"command line: precision.preset: 'nvfp5'"):
         load_recipe(write("mxfp8"), ["precision=nvfp5"])
 

@@ -8,7 +8,7 @@ import torch
 from nemo_lite_kernels import libraries, select
 
 from nemo_lite.precision import te
-from nemo_lite.precision.linear import Numerics
+from nemo_lite.precision.linear import Emulated, Numerics
 from nemo_lite.precision.recipe import Gemms
 
 
@@ -72,7 +72,8 @@ def test_a_missing_or_broken_library_is_a_reason(monkeypatch):
 @pytest.mark.parametrize("chip,format,why", [
     ((9, 0), "nvfp4", "no nvfp4 on compute capability 9.0"), ((12, 0), "nvfp4", "no nvfp4 on compute capability 12.0"),
     ((10, 0), "nvfp4", None), ((10, 3), "nvfp4", None), ((9, 0), "mxfp8", "no mxfp8 on compute capability 9.0"),
-    ((10, 0), "mxfp8", None), ((9, 0), "fp8", None), ((8, 0), "fp8", "no fp8 on compute capability 8.0"),
+    ((10, 0), "mxfp8", None), ((12, 0), "mxfp8", "no mxfp8 on compute capability 12.0"), ((9, 0), "fp8", None),
+    ((8, 0), "fp8", "no fp8 on compute capability 8.0"),
     ((10, 0), "fp8_block", "has no fp8_block"),
 ])  # fmt: skip
 def test_which_chip_has_which_format(monkeypatch, chip, format, why):
@@ -88,7 +89,7 @@ def test_what_it_cannot_do_is_emulated(monkeypatch):
 
 def test_it_is_told_the_recipe_and_gives_gradients_to_the_master_weight(engine):
     gemms = Gemms("nvfp4", "nvfp4", "nvfp4", hadamard=False, stochastic=True, square=False)
-    native = te.Native("a", gemms, Numerics(), select("cpu"))
+    native = te.Native(Emulated("a", gemms, Numerics(), select("cpu")))
     weight = torch.randn(32, 64, requires_grad=True)
     for rows in (5, 32):
         x = torch.randn(rows, 64).bfloat16().requires_grad_()

@@ -76,12 +76,12 @@ def test_what_is_measured(forks, tmp_path):
 # -------------------------------------------------------------------------------------------------------------- export
 
 
-@pytest.fixture(scope="module")
-def trained(forks, tmp_path_factory):
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def trained(request, forks, tmp_path_factory):
     """A run in the published recipe, with fp8 for attention, and its export in float32."""
     folder = tmp_path_factory.mktemp("exported")
     precision = "precision={preset: nemotron3_super_nvfp4, rules: [{match: '*.[qkvo]_proj', format: fp8}]}"
-    forks.train("resume", folder / "run", *STEPS, "train.steps=3", "train.dtype=bfloat16", precision)
+    forks.train("resume", folder / "run", *STEPS, "train.steps=3", f"train.dtype={request.param}", precision)
     assert cli.main(["export", str(folder / "run"), "--to", str(folder / "float32")]) == 0
     return folder
 
@@ -108,7 +108,8 @@ def test_a_model_in_codes_is_what_training_multiplied_with(trained, format, bloc
         before, after = plain.get(name), packed.get(name)
         stem = name.removesuffix(".weight")
         if linear(name) in inside:
-            assert torch.equal(after, fake_quantize(before.bfloat16().float(), format, block)), name
+            multiplied = before.bfloat16().float() if recipe.train.dtype == "bfloat16" else before
+            assert torch.equal(after, fake_quantize(multiplied, format, block)), name
             assert stem not in config["ignore"] and raw[f"{stem}.input_scale"] > 0
             if format == "nvfp4":
                 assert raw[name].dtype == torch.uint8 and raw[name].shape == (before.shape[0], before.shape[1] // 2)
@@ -122,7 +123,7 @@ def test_a_model_in_codes_is_what_training_multiplied_with(trained, format, bloc
             assert torch.equal(after, before if wide else before.bfloat16()), name
             assert f"{stem}.input_scale" not in raw and (before.dim() != 2 or stem in config["ignore"]), name
     # Opened, generated from, and looked at.
-    model = HybridLM.from_pretrained(target, dtype="float32")
+    model = HybridLM.from_pretrained(target)
     assert model.layers[0].mixer.in_proj.weight.dtype == torch.float32
     ids = torch.arange(40)[None]
     other = HybridLM.from_pretrained(trained / "float32")

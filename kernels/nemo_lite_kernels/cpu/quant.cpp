@@ -2,6 +2,7 @@
 // reference this equals bit for bit. A row, or a tile of tokens, is widened to floats in the first-level cache; its
 // blocks' magnitudes, scales and codes follow from there.
 #include <cmath>
+#include <type_traits>
 #include <vector>
 #include "team.h"
 #include "vec.h"
@@ -140,6 +141,21 @@ template <typename V> INLINE void hadamard(V y[16]) {
   for (int i = 0; i < 16; i++) y[i] = y[i] * 0.25f;
 }
 
+// What the transform gives is rounded to the dtype of what it was given.
+template <typename T, typename V> INLINE V rounded(V v) {
+  if constexpr (std::is_same<T, float>::value)
+    return v;
+  else if constexpr (std::is_same<V, float>::value) {
+    T one;
+    store1(&one, v);
+    return load1(&one);
+  } else {
+    T some[W];
+    store(some, v);
+    return load(some);
+  }
+}
+
 INLINE vi magnitude(vf v) { return (vi)v & 0x7fffffff; }
 
 INLINE int32_t largest_of(vi v) {
@@ -159,11 +175,18 @@ struct Job {
   bool hadamard, bf16_values;
 };
 
-template <typename Part> INLINE void put_values(const Job& job, int64_t at, vf v, Part part) {
+// `store`, not `put`: that may take what is below the smallest normal number for zero.
+INLINE void put_values(const Job& job, int64_t at, vf v, Whole) {
   if (job.bf16_values)
-    put((bf16*)job.values + at, v, part);
+    store((bf16*)job.values + at, v);
   else
-    put((float*)job.values + at, v, part);
+    store((float*)job.values + at, v);
+}
+INLINE void put_values(const Job& job, int64_t at, vf v, int n) {
+  if (job.bf16_values)
+    store_part((bf16*)job.values + at, v, n);
+  else
+    store_part((float*)job.values + at, v, n);
 }
 
 struct Task {
@@ -192,7 +215,10 @@ template <typename T> void widen_row(const Job& job, int64_t row, float* out, in
   lanes(job.cols, [&](int64_t c, auto part) { put(out + c, get(x + c, part), part); });
   std::fill(out + job.cols, out + room, 0.f);
   if (job.hadamard)
-    for (int64_t c = 0; c < job.P; c += 16) hadamard(out + c);
+    for (int64_t c = 0; c < job.P; c += 16) {
+      hadamard(out + c);
+      for (int i = 0; i < 16; i++) out[c + i] = rounded<T>(out[c + i]);
+    }
 }
 
 template <typename E, int SCHEME, int BLOCK, bool STOCHASTIC, typename T> void rows(const Job& job, int threads) {
@@ -306,7 +332,7 @@ INLINE void widen_tile(const Job& job, int64_t first, int64_t last, int64_t colu
         vf y[16];
         for (int i = 0; i < 16; i++) y[i] = tile[g + i][a];
         hadamard(y);
-        for (int i = 0; i < 16; i++) tile[g + i][a] = y[i];
+        for (int i = 0; i < 16; i++) tile[g + i][a] = rounded<T>(y[i]);
       }
 }
 
@@ -367,7 +393,7 @@ template <typename E, int SCHEME, int BLOCK, bool STOCHASTIC, typename T> void c
               for (int l = 0; l < wide; l++)
                 store_scale<SCHEME>(job.scales, (from + l) * blocks + place / BLOCK, scale[l], scale_code[l]);
             vi none = factor == 0.f;
-            uint32_t words[4][W], packed[BLOCK * E::bits / 32][W] = {};
+            alignas(sizeof(vu)) uint32_t words[4][W], packed[BLOCK * E::bits / 32][W] = {};
             for (int r = 0; r < BLOCK; r++) {
               vi draw = {}, code;
               if constexpr (STOCHASTIC) {
@@ -469,7 +495,8 @@ void read_back(const uint8_t* codes, const void* scales, T* out, int64_t rows, i
           for (int64_t i = from; i < to; i++) row[i] = value[codes[r * P + i]] * s;
         }
       }
-      lanes(P, [&](int64_t c, auto part) { put(out + r * P + c, get(&row[c], part), part); });
+      for (int64_t c = 0; c + W <= P; c += W) store(out + r * P + c, load(&row[c]));
+      if (int rest = P % W) store_part(out + r * P + P - rest, load_part(&row[P - rest], rest), rest);
     }
   });
 }

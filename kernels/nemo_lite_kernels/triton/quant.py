@@ -50,7 +50,7 @@ def _load(x, r, c, R, K, stride_r, stride_c, HADAMARD: tl.constexpr, ROWS: tl.co
         m = _pairs(m, ROWS, TILE, 2)
         m = _pairs(m, ROWS, TILE, 4)
         m = _pairs(m, ROWS, TILE, 8)
-        m = m * 0.25
+        m = (m * 0.25).to(x.dtype.element_ty).to(tl.float32)
     return m
 
 
