@@ -308,17 +308,10 @@ def measure_verification(model, ids, repeats: int) -> dict[str, Any]:
     }
 
 
-def widens_bf16() -> bool:
-    """Whether torch has no bfloat16 product on this CPU, so that float32 is the fastest way."""
-    import torch
-    from nemo_lite_kernels.common import product_dtype
-
-    return product_dtype(torch.empty(0, dtype=torch.bfloat16)) == torch.float32
-
-
 def measure_limits(threads: int, sizes_mb: list[int]) -> dict[str, Any]:
     """The machine's GEMM rates, and its rates of reading 1 GiB (memory) and the sizes asked for (caches may help)."""
     import torch
+    from nemo_lite_kernels.common import multiplies_bfloat16
 
     torch.set_num_threads(threads)
 
@@ -332,7 +325,10 @@ def measure_limits(threads: int, sizes_mb: list[int]) -> dict[str, Any]:
 
     limits: dict[str, Any] = {"threads": threads}
     with OtherCPU() as others:
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.float32 if widens_bf16() else torch.bfloat16)):
+        for name, dtype in (
+            ("fp32", torch.float32),
+            ("bf16", torch.bfloat16 if multiplies_bfloat16() else torch.float32),
+        ):
             a, b = torch.rand(2048, 2048, dtype=dtype), torch.rand(2048, 2048, dtype=dtype)
             limits[f"gemm_{name}_gflops"] = round(fastest(lambda a=a, b=b: a @ b, 2 * 2048**3), 1)
         memory = torch.ones(2**28)
@@ -448,9 +444,11 @@ def prepare(config: str, dtype: str, llama: str | None) -> None:
 
 def settings(job: Job, name: str) -> list[str]:
     """The ways to run a peer among which the fastest is taken."""
+    from nemo_lite_kernels.common import multiplies_bfloat16
+
     if name == "transformers":
         experts = ["grouped_mm", "eager"]
-        if job.dtype == "bf16" and widens_bf16():
+        if job.dtype == "bf16" and not multiplies_bfloat16():
             return [f"float32 {way}" for way in experts]  # in bfloat16 a step takes minutes here
         if job.work == "train" and job.dtype == "bf16":
             return [f"{kind} {way}" for kind in ("autocast", "bfloat16") for way in experts]

@@ -41,10 +41,10 @@ def _choices(asked: dict[str, str], device: str | torch.device):
 def cpu_facts() -> dict[str, str]:
     """torch's bfloat16; the C++ kernels: instruction sets, compiler, where the library lies, AMX."""
     from nemo_lite_kernels import cpu
-    from nemo_lite_kernels.common import product_dtype
+    from nemo_lite_kernels.common import multiplies_bfloat16
 
     levels = ", ".join(cpu.levels())
-    widened = product_dtype(torch.empty(0, dtype=torch.bfloat16)) == torch.float32
+    widened = not multiplies_bfloat16()
     bf16 = {"bfloat16": "torch has no product for it here: multiplied in float32" if widened else "multiplied by torch"}
     if (reason := cpu.reason()) is not None:
         return bf16 | {"instruction sets": levels, "C++ kernels": f"not used: {reason}"}

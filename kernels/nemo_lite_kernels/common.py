@@ -14,12 +14,13 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype that products of x are formed in: x's, but float32 for bfloat16 on a CPU for which torch's library has
     no bfloat16 product (no AVX-512); its fallback is 10 to 100 times slower than float32."""
-    slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _multiplies_bfloat16()
+    slow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not multiplies_bfloat16()
     return torch.float32 if slow else x.dtype
 
 
 @functools.cache
-def _multiplies_bfloat16() -> bool:
+def multiplies_bfloat16() -> bool:
+    """Whether torch's library has a bfloat16 product on this CPU."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

@@ -157,6 +157,9 @@ FORMATS = {
     "fp8_block": Format(E4M3, ((1, 128), (128, 128)), torch.float32),
 }
 
+# What compiled backends call a format, by the dtype of its scales.
+SCHEMES = {torch.float8_e4m3fn: 0, torch.float8_e8m0fnu: 1, None: 2, torch.float32: 3}
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -213,14 +216,22 @@ class Quantized:
         """Of codes and scales."""
         return sum(t.nbytes for t in (self.codes, self.scales, self.tensor_scale) if t is not None)
 
+    @property
+    def columns(self) -> int:
+        """P."""
+        return self.codes.shape[1] * (2 if FORMATS[self.spec.format].element is E2M1 else 1)
+
+    def spread_scale(self) -> Tensor | None:
+        """Each matrix's tensor scale where its elements are: a shape that broadcasts over [R, P]."""
+        if self.tensor_scale is None or self.segments is None:
+            return self.tensor_scale
+        scale = self.tensor_scale.repeat_interleave(self.segments.diff())
+        return scale if self.across else scale[:, None]
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """What the codes stand for, in the shape of what was quantised (rotated, if it was)."""
         v = _ops(self.codes.device.type).quantized_values(self, torch.float32)
-        if self.tensor_scale is not None:
-            scale = self.tensor_scale
-            if self.segments is not None:
-                scale = scale.repeat_interleave(self.segments.diff())
-                scale = scale if self.across else scale[:, None]
+        if (scale := self.spread_scale()) is not None:
             v = v * scale
         return v[:, : self.shape[-1]].reshape(self.shape).to(dtype) if not self.across else v.to(dtype)
 
@@ -380,10 +391,30 @@ def quantize_matrix(
         random = words.view(torch.int16).flatten()[: m.numel()].view_as(m).to(torch.int32) & 0xFFFF
     _, code = round_to((m * factor).clamp(-largest, largest), format.element, random)
     code = code.to(torch.uint8)
-    codes = code[:, 0::2] | code[:, 1::2] << 4 if format.element is E2M1 else code.view(format.element.dtype)
+    codes = code[:, 0::2] | code[:, 1::2] << 4 if format.element is E2M1 else code
     segments = None if offsets is None else starts.to(device)
-    own = own if format.tensor_scale else None
-    return Quantized(codes, scales, tensor_scale, spec, m.shape if transpose else x.shape, own, segments, transpose)
+    return assemble(x, spec, transpose, codes, scales, tensor_scale, own if format.tensor_scale else None, segments)
+
+
+def places(x: Tensor, spec: Spec, offsets: Tensor | None, transpose: bool) -> tuple[Tensor, Tensor]:
+    """Where each matrix begins, and the last one ends: among the rows of x, and among the rows of what is rounded (with
+    `transpose` its columns, each matrix's padded). int64 [n+1], on the CPU."""
+    bounds = torch.tensor([0, x.shape[0]]) if offsets is None else offsets.cpu()
+    if not transpose:
+        return bounds, bounds
+    padded = (bounds.diff() + spec.width - 1) // spec.width * spec.width
+    return bounds, F.pad(padded.cumsum(0), (1, 0))
+
+
+def assemble(
+    x: Tensor, spec: Spec, transpose: bool, codes: Tensor, scales: Tensor | None, tensor_scale: Tensor | None,
+    amax: Tensor | None, starts: Tensor | None,
+) -> Quantized:  # fmt: skip
+    """What a backend made of x, codes as uint8."""
+    q = Quantized(
+        codes.view(FORMATS[spec.format].element.dtype), scales, tensor_scale, spec, x.shape, amax, starts, transpose
+    )
+    return replace(q, shape=torch.Size((len(codes), q.columns))) if transpose else q
 
 
 def arrange(
@@ -391,19 +422,16 @@ def arrange(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `quantize_matrix` rounds, in float32: turned round, padded, rotated, [R, P]; the matrix that each row (with
     `transpose` each column) belongs to; where each matrix begins among them; and the sizes of the matrices in x."""
-    bounds = torch.tensor([0, x.shape[0]]) if offsets is None else offsets.cpu()
-    sizes, width = bounds.diff(), spec.width
-    m = (x.T if transpose else x).float()
+    bounds, starts = places(x, spec, offsets, transpose)
+    sizes, m = bounds.diff(), (x.T if transpose else x).float()
     if transpose:
-        padded = (sizes + width - 1) // width * width
-        starts = F.pad(padded.cumsum(0), (1, 0))
         at = torch.arange(x.shape[0]) + (starts[:-1] - bounds[:-1]).repeat_interleave(sizes)
         wide = m.new_zeros(m.shape[0], int(starts[-1]))
         wide[:, at.to(x.device)] = m
-        m, segment = wide, torch.arange(len(sizes)).repeat_interleave(padded)
+        m = wide
     else:
-        m, starts = F.pad(m, (0, -m.shape[1] % width)), bounds
-        segment = torch.arange(len(sizes)).repeat_interleave(sizes)
+        m = F.pad(m, (0, -m.shape[1] % spec.width))
+    segment = torch.arange(len(sizes)).repeat_interleave(starts.diff())
     if spec.hadamard:
         m = hadamard(m).to(x.dtype).float()
     return m, segment.to(x.device), starts, sizes

@@ -432,8 +432,6 @@ def save_model(
         kind = tensor.dtype if dtype is None else dtype
         if dtype is not None and FLOAT32.search(row.ours):
             kind = torch.promote_types(dtype, torch.float32)
-        if pack is None:
-            tensor = tensor.to(kind)
         for name, part in to_hf(row, tensor.cpu()):
             found = (pack(name, part) if pack is not None else None) or {name: part.to(kind)}
             nbytes = sum(t.nbytes for t in found.values())

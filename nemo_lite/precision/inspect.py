@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -91,7 +92,7 @@ def _show(model_dir: Path, lines: list[dict[str, Any]], every: bool) -> None:
         )  # fmt: skip
     console.print(table)
     size = sum(line["bytes"] for line in lines)
-    count = sum(8 * line["bytes"] / line["bits"] for line in lines if line["bits"])
+    count = sum(math.prod(line["shape"]) for line in lines)
     by_format: dict[str, int] = {}
     for line in lines:
         by_format[line["format"]] = by_format.get(line["format"], 0) + line["bytes"]

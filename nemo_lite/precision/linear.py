@@ -14,8 +14,8 @@ A quantised linear rounds both operands of each of its three products to codes o
 In NVFP4 blocks are 1x16, those of W 16x16, and both operands of wgrad go through the Hadamard transform; "stochastic"
 is NVFP4's alone (arXiv 2509.25149, section 4). Values without tensor scales are exact in bfloat16, so that products are
 those of the hardware up to the order of their float32 sums; the two tensor scales are multiplied in afterwards. A CPU
-multiplies them in float32, whose sums are float32 on every CPU. X^T and
-W are kept as codes for the backward pass: 4.5 bits a number in NVFP4.
+multiplies them in float32, whose sums are float32 on every CPU. X^T and W are kept as codes for the backward pass: 4.5
+bits a number in NVFP4.
 
 Experts do the same for each expert by itself: its own largest magnitudes, and its tokens padded with zeros to whole
 blocks in wgrad's copies. Weights are rounded to x's dtype before they are quantised, as a gather in that dtype does.

@@ -166,7 +166,8 @@ def problems(config: ModelConfig, precision: PrecisionConfig, dtype: str) -> Ite
         if not hits:
             held = next((name for name in fixed if fnmatchcase(name, rule.match)), None)
             if held is not None:
-                yield where, f"{rule.match!r} matches {held} only, which stays in {_word(fixed[held])}"
+                stays = {"fp32": "float32", "bf16": "train.dtype"}[fixed[held]]
+                yield where, f"{rule.match!r} matches {held} only, which stays in {stays}"
             else:
                 yield where, f"{rule.match!r} matches no linear; names are such as {', '.join(_examples(names))}"
         elif len(hits) == len(names):
@@ -180,12 +181,8 @@ def problems(config: ModelConfig, precision: PrecisionConfig, dtype: str) -> Ite
     for name in ("hadamard", "stochastic_rounding", "square_weight_blocks"):
         if not getattr(precision, name) and "nvfp4" not in used:
             yield f"precision.{name}", "false changes nothing: no product is in nvfp4"
-    if dtype == "float64" and any(not gemms.plain for gemms in formats(config, precision).values()):
+    if dtype == "float64" and used - {"bf16"}:
         yield "precision.preset", "number formats are made from float32 or bfloat16, and train.dtype is float64"
-
-
-def _word(format: str | None) -> str:
-    return {"fp32": "float32", "bf16": "train.dtype"}[format or "bf16"]
 
 
 def _examples(names: list[str]) -> list[str]:
@@ -263,9 +260,9 @@ def ranges(numbers: list[int], among: list[int] | None = None) -> str:
 def shares(config: ModelConfig, precision: PrecisionConfig) -> dict[str, dict[str, float]]:
     """Format -> its share of the `weights` that are multiplied with, and of their `flops` for a token in training."""
     sums: dict[str, list[int]] = {}
-    for part, format in table(config, precision):
-        total = sums.setdefault(format, [0, 0])
-        total[0] += part.weights
-        total[1] += part.used * part.runs
+    for line in lines(config, precision):
+        total = sums.setdefault(line.format, [0, 0])
+        total[0] += line.weights
+        total[1] += line.flops
     weights, flops = (sum(column) for column in zip(*sums.values()))
     return {format: {"weights": w / weights, "flops": f / flops} for format, (w, f) in sums.items()}

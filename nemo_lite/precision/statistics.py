@@ -26,15 +26,9 @@ class Statistics:
         transpose = transpose and spec.block is not None
         m = arrange(x, spec, offsets, transpose)[0]
         q = quantize_matrix(x, spec, offsets=offsets, transpose=transpose)
-        v = values(q, torch.float32)
-        if q.tensor_scale is not None:
-            scale = q.tensor_scale
-            if q.segments is not None:
-                scale = scale.repeat_interleave(q.segments.diff().to(scale.device))
-                scale = scale if transpose else scale[:, None]
-            v = v * scale
-        else:
-            scale = torch.ones((), device=x.device)
+        scale = q.spread_scale()
+        scale = torch.ones((), device=x.device) if scale is None else scale
+        v = values(q, torch.float32) * scale
         blocks = torch.ones(1, 1, device=x.device) if q.scales is None else q.scales.float()
         width = m.shape[1] if q.scales is None else spec.width
         most = FORMATS[spec.format].element.largest * blocks.repeat_interleave(width, 1) * scale

@@ -180,7 +180,8 @@ def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
                 if metrics is not None:
                     metrics.log({"step": state.step, "tokens": state.tokens, **record})
                 window.leave_out(time.perf_counter() - began)
-            if (recipe.checkpoint.every and state.step % recipe.checkpoint.every == 0) or last or result.stop:
+            due = recipe.checkpoint.every and state.step % recipe.checkpoint.every == 0
+            if due or last or result.stop:
                 checkpoint()
             if result.stop and not last:
                 saver.wait()

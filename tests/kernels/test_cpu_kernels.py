@@ -3,6 +3,7 @@ instruction-set level that this machine has."""
 
 import pytest
 import torch
+from kernels.levels import compiled_for
 from nemo_lite_kernels import conv as conv_reference
 from nemo_lite_kernels import cpu
 from nemo_lite_kernels import norm as norm_reference
@@ -15,14 +16,8 @@ EPS = 1e-5
 
 @pytest.fixture(scope="module", params=list(cpu.LEVELS), autouse=True)
 def level(request):
-    if request.param not in cpu.levels():
-        pytest.skip(f"this machine has no {request.param}")
-    before = cpu._variant
-    if (why := cpu.unavailable()) is not None:
-        pytest.skip(why)
-    cpu.use(request.param, before[1])
-    yield request.param
-    cpu._variant = before
+    with compiled_for(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

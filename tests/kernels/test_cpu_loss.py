@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels.levels import compiled_for
 from nemo_lite_kernels import cpu
 from nemo_lite_kernels.cpu.dense import linear, weight_gradient
 from nemo_lite_kernels.cpu.loss import nll_and_gradient
@@ -14,14 +15,8 @@ from nemo_lite.train.loss import cross_entropy_chunked
 
 @pytest.fixture(params=cpu.LEVELS)
 def level(request):
-    if request.param not in cpu.levels():
-        pytest.skip(f"this machine has no {request.param}")
-    before = cpu._variant
-    if (why := cpu.unavailable()) is not None:
-        pytest.skip(why)
-    cpu.use(request.param, before[1])
-    yield request.param
-    cpu._variant = before
+    with compiled_for(request.param):
+        yield request.param
 
 
 def plain(logits, labels, weights):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernels.levels import compiled_for
 from nemo_lite_kernels import cpu
 from nemo_lite_kernels.cpu.dense import available, weight_gradient
 from nemo_lite_kernels.cpu.moe import experts, route, use_amx
@@ -24,19 +25,13 @@ SIZES = [  # tokens, experts of a token, experts, L, F
 @pytest.fixture(params=["amx", *cpu.LEVELS])
 def level(request):
     name = "avx512_bf16" if request.param == "amx" else request.param
-    if name not in cpu.levels():
-        pytest.skip(f"this machine has no {name}")
-    before = cpu._variant
-    if (why := cpu.unavailable()) is not None:
-        pytest.skip(why)
-    cpu.use(name, before[1])
-    use_amx(request.param == "amx")
-    if request.param != "amx" or available():
-        yield request.param
-    else:
-        pytest.skip("no AMX")
-    use_amx(True)
-    cpu._variant = before
+    with compiled_for(name):
+        use_amx(request.param == "amx")
+        if request.param != "amx" or available():
+            yield request.param
+        else:
+            pytest.skip("no AMX")
+        use_amx(True)
 
 
 @pytest.fixture

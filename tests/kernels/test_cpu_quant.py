@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from kernels.interpreter import poison
+from kernels.levels import compiled_for
 from kernels.test_quant import BLOCKS, adversarial, check_backend
 from nemo_lite_kernels import cpu
 from nemo_lite_kernels.cpu import quant
@@ -15,14 +16,8 @@ SHAPES = [(1, 16), (3, 70), (37, 48), (66, 144), (0, 32)]
 
 @pytest.fixture(scope="module", params=list(cpu.LEVELS), autouse=True)
 def level(request):
-    if request.param not in cpu.levels():
-        pytest.skip(f"this machine has no {request.param}")
-    before = cpu._variant
-    if (why := cpu.unavailable()) is not None:
-        pytest.skip(why)
-    cpu.use(request.param, before[1])
-    yield request.param
-    cpu._variant = before
+    with compiled_for(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("stochastic", [False, True])

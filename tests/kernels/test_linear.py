@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from kernels.levels import compiled_for
 from nemo_lite_kernels import cpu
 from nemo_lite_kernels import linear as linear_module
 from nemo_lite_kernels.cpu.linear import FEW_ROWS, linear, unpack
@@ -18,14 +19,8 @@ ROWS = [*range(1, 8), 12, 13, 16, 17]
 
 @pytest.fixture(scope="module", params=list(cpu.LEVELS), autouse=True)
 def level(request):
-    if request.param not in cpu.levels():
-        pytest.skip(f"this machine has no {request.param}")
-    before = cpu._variant
-    if (why := cpu.unavailable()) is not None:
-        pytest.skip(why)
-    cpu.use(request.param, before[1])
-    yield request.param
-    cpu._variant = before
+    with compiled_for(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from kernels.levels import compiled_for
 from nemo_lite_kernels import cpu
 from nemo_lite_kernels.cpu.moe import use_amx
 from nemo_lite_kernels.cpu.step import FEW_TOKENS, Step
@@ -45,16 +46,10 @@ CONFIGS = {
 @pytest.fixture(scope="module", params=["amx", *cpu.LEVELS], autouse=True)
 def level(request):
     name = "avx512_bf16" if request.param == "amx" else request.param
-    if name not in cpu.levels():
-        pytest.skip(f"this machine has no {name}")
-    before = cpu._variant
-    if (why := cpu.unavailable()) is not None:
-        pytest.skip(why)
-    cpu.use(name, before[1])
-    use_amx(request.param == "amx")  # without the tiles the machine may lack, this level runs twice
-    yield request.param
-    use_amx(True)
-    cpu._variant = before
+    with compiled_for(name):
+        use_amx(request.param == "amx")  # without the tiles the machine may lack, this level runs twice
+        yield request.param
+        use_amx(True)
 
 
 @pytest.fixture(autouse=True)

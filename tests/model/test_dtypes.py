@@ -35,7 +35,7 @@ KERNELS = [
 @pytest.fixture(autouse=True)
 def products(request, monkeypatch):
     """Whether this CPU's torch multiplies bfloat16: it does, wherever the test does not say otherwise."""
-    monkeypatch.setattr(common, "_multiplies_bfloat16", lambda: getattr(request, "param", True))
+    monkeypatch.setattr(common, "multiplies_bfloat16", lambda: getattr(request, "param", True))
 
 
 def variants(name, kernels=TORCH):
@@ -131,7 +131,7 @@ def test_products_widened_where_the_cpu_has_none(products, kernels, monkeypatch)
     for _, args, _ in watch.named("mm", "addmm", "linear", "bmm", "_scaled_dot_product_flash_attention_for_cpu"):
         assert all(t.dtype == torch.float32 for t in args if t.dim() >= 2)
     assert out.logits.dtype == out.hidden.dtype == HALF
-    monkeypatch.setattr(common, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(common, "multiplies_bfloat16", lambda: True)
     _, narrow, wanted = run()
     assert abs(out.loss.item() - narrow.loss.item()) < 0.01
     for name, gradient in gradients.items():

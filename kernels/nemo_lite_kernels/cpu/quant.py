@@ -9,9 +9,8 @@ from torch import Tensor
 
 from nemo_lite_kernels import quant as reference
 from nemo_lite_kernels.cpu import Kernel
-from nemo_lite_kernels.quant import E2M1, E5M2, FORMATS, Quantized, Spec
+from nemo_lite_kernels.quant import E2M1, E5M2, FORMATS, SCHEMES, Quantized, Spec
 
-_SCHEMES = {torch.float8_e4m3fn: 0, torch.float8_e8m0fnu: 1, None: 2, torch.float32: 3}  # by the dtype of scales
 _QUANTIZE = Kernel("quantize", "p" * 8 + "i" * 13)
 _VALUES = Kernel("quantized_values", "ppp" + "i" * 5)
 
@@ -20,14 +19,9 @@ def _run(x: Tensor, spec: Spec, seed, amax, offsets, transpose, codes: bool, dty
     """Codes, scales, values, tensor scale, largest magnitudes, and where segments begin; None for what is not asked."""
     format = FORMATS[spec.format]
     x = x if x.stride(-1) == 1 else x.contiguous()
-    bounds = torch.tensor([0, x.shape[0]]) if offsets is None else offsets.cpu()
+    bounds, starts = reference.places(x, spec, offsets, transpose)
     n, width = len(bounds) - 1, spec.width
-    if transpose:
-        padded = (bounds.diff() + width - 1) // width * width
-        starts = torch.nn.functional.pad(padded.cumsum(0), (1, 0))
-        R, P = x.shape[1], int(starts[-1])
-    else:
-        starts, R, P = bounds, x.shape[0], -(-x.shape[1] // width) * width
+    R, P = (x.shape[1], int(starts[-1])) if transpose else (x.shape[0], -(-x.shape[1] // width) * width)
     four = format.element is E2M1
     code = torch.empty(R, P // 2 if four else P, dtype=torch.uint8) if codes else None
     scales = torch.empty(R, P // width, dtype=format.scales) if codes and format.scales is not None else None
@@ -37,7 +31,7 @@ def _run(x: Tensor, spec: Spec, seed, amax, offsets, transpose, codes: bool, dty
     _QUANTIZE[x.dtype](
         *(x, bounds, given, own, tensor_scale, code, scales, v),
         *(x.shape[0], x.shape[1], x.stride(0), n, P, 1 if spec.block is None else spec.block[0], _int64(seed)),
-        *(_SCHEMES[format.scales], format.element is E5M2, transpose, spec.stochastic, spec.hadamard),
+        *(SCHEMES[format.scales], format.element is E5M2, transpose, spec.stochastic, spec.hadamard),
         dtype == torch.bfloat16,
     )
     if v is not None and transpose:
@@ -61,9 +55,7 @@ def quantize_matrix(x, spec, seed=0, amax=None, offsets=None, transpose=False) -
         return reference.quantize_matrix(x, spec, seed, amax, offsets, transpose)
     codes, scales, _, tensor_scale, own, starts = _run(x, spec, seed, amax, offsets, transpose, True, None)
     assert codes is not None
-    element = FORMATS[spec.format].element
-    shape = torch.Size((x.shape[1], codes.shape[1] * (2 if element is E2M1 else 1))) if transpose else x.shape
-    return Quantized(codes.view(element.dtype), scales, tensor_scale, spec, shape, own, starts, transpose)
+    return reference.assemble(x, spec, transpose, codes, scales, tensor_scale, own, starts)
 
 
 def operand(x, spec, seed=0, amax=None, offsets=None, transpose=False, dtype=torch.float32):
@@ -79,8 +71,8 @@ def values(q: Quantized, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     if dtype not in (torch.float32, torch.bfloat16):
         return reference.values(q, dtype)
     format = FORMATS[q.spec.format]
-    R, P = q.codes.shape[0], q.codes.shape[1] * (2 if format.element is E2M1 else 1)
+    R, P = q.codes.shape[0], q.columns
     out = torch.empty(R, P, dtype=dtype)
     width = P if q.spec.block is None else q.spec.block[1]
-    _VALUES[dtype](q.codes, q.scales, out, R, P, max(width, 1), _SCHEMES[format.scales], format.element is E5M2)
+    _VALUES[dtype](q.codes, q.scales, out, R, P, max(width, 1), SCHEMES[format.scales], format.element is E5M2)
     return out

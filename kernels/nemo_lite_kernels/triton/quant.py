@@ -11,11 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from nemo_lite_kernels import quant as reference
-from nemo_lite_kernels.quant import E2M1, FLT_MAX, FORMATS, Quantized, Spec
+from nemo_lite_kernels.quant import E2M1, FLT_MAX, FORMATS, SCHEMES, Quantized, Spec
 from nemo_lite_kernels.triton.norm import on_device
 
 TILE = 128  # columns: a multiple of every block's width
-_SCHEMES = {torch.float8_e4m3fn: 0, torch.float8_e8m0fnu: 1, None: 2, torch.float32: 3}  # by the dtype of scales
 NVFP4, MXFP8, FP8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 INFINITE = tl.constexpr(0x7F800000)
 
@@ -199,13 +198,11 @@ def _run(x: Tensor, spec: Spec, seed: int, amax, offsets, transpose: bool, want_
     if offsets is not None and transpose:  # every matrix's tokens padded apart
         m, segment, starts, sizes = reference.arrange(x, Spec(spec.format, spec.block), offsets, True)
     else:
-        bounds = torch.tensor([0, x.shape[0]]) if offsets is None else offsets.cpu()
-        m, sizes, starts = (x.T if transpose else x), bounds.diff(), bounds
-        segment = torch.arange(len(sizes)).repeat_interleave(sizes).to(device)
+        bounds, starts = reference.places(x, spec, offsets, transpose)
+        m, sizes = (x.T if transpose else x), bounds.diff()
+        segment = torch.arange(len(sizes)).repeat_interleave(starts.diff()).to(device)
     (R, K), n = m.shape, len(sizes)
     P = -(-K // spec.width) * spec.width
-    if offsets is None and transpose:
-        segment = torch.zeros(P, dtype=torch.int64, device=device)
     NB, ROWS = -(-P // wide), max(high, 16)
     grid, strides = (triton.cdiv(R, ROWS), triton.cdiv(P, TILE)), (m.stride(0), m.stride(1))
     largest = torch.zeros(-(-R // high), NB, dtype=torch.int32, device=device)
@@ -242,7 +239,7 @@ def _run(x: Tensor, spec: Spec, seed: int, amax, offsets, transpose: bool, want_
                 m, largest, tensors, segment[::wide].contiguous() if transpose else segment,
                 nothing if codes is None else codes, nothing if scales is None else scales, nothing if v is None else v,
                 R, K, P, NB, *strides, seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF,
-                SCHEME=_SCHEMES[format.scales], M=element.mantissa, LEAST=element.least, LARGEST=element.largest,
+                SCHEME=SCHEMES[format.scales], M=element.mantissa, LEAST=element.least, LARGEST=element.largest,
                 FOUR=four, ACROSS=transpose, STOCHASTIC=spec.stochastic, HADAMARD=spec.hadamard,
                 CODES=codes is not None, VALUES=v is not None, HIGH=high, WIDE=wide, ROWS=ROWS, TILE=TILE,
             )  # fmt: skip
@@ -267,9 +264,8 @@ def quantize_matrix(x, spec, seed=0, amax=None, offsets=None, transpose=False) -
     if not _takes(x, spec, offsets, transpose):
         return reference.quantize_matrix(x, spec, seed, amax, offsets, transpose)
     codes, scales, _, tensor_scale, own, starts = _run(x, spec, seed, amax, offsets, transpose, True, None)
-    element = FORMATS[spec.format].element
-    shape = torch.Size((x.shape[1], codes.shape[1] * (2 if element is E2M1 else 1))) if transpose else x.shape
-    return Quantized(codes.view(element.dtype), scales, tensor_scale, spec, shape, own, starts, transpose)
+    assert codes is not None
+    return reference.assemble(x, spec, transpose, codes, scales, tensor_scale, own, starts)
 
 
 def operand(x, spec, seed=0, amax=None, offsets=None, transpose=False, dtype=torch.float32):
@@ -305,7 +301,7 @@ def _values_kernel(
 def values(q: Quantized, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """`nemo_lite_kernels.quant.values`."""
     four = FORMATS[q.spec.format].element is E2M1
-    R, P = q.codes.shape[0], q.codes.shape[1] * (2 if four else 1)
+    R, P = q.codes.shape[0], q.columns
     out = torch.empty(R, P, dtype=dtype, device=q.codes.device)
     if not R or not P:
         return out
