@@ -69,8 +69,9 @@ class FakeGroup:
 class _Part:
     """Which part of a whole parameter a rank holds, kept on the parameter as `.part`."""
 
-    def __init__(self, rank, size, dim, segments=None):
-        self.rank, self.size, self.dim, self.segments = rank, size, dim, segments
+    def __init__(self, rank, size, dim, segments=()):
+        self.rank, self.size, self.dim = rank, size, dim
+        self.segments = [units * rows for units, rows in segments]
 
     def __call__(self, tensor):
         pieces = tensor.split(self.segments, self.dim) if self.segments else [tensor]
@@ -97,18 +98,22 @@ class SplitLayers(whole.Layers):
     def sum(self, x):
         return self.group.reduce_scatter(x) if self.sequence_parallel else self.group.all_reduce(x)
 
-    def mark(self, parameter, dim, segments=None):
+    def mark(self, parameter, dim, segments=()):
         parameter.part = _Part(self.rank, self.group.size, dim, segments)
 
     def local(self, n):
         assert n % self.group.size == 0, f"{n} does not divide over {self.group.size} ranks"
         return n // self.group.size
 
-    def all_tokens(self, x):
-        return self.gather(x)
+    def mine(self, x):
+        return self.scatter(x)
 
-    def column_linear(self, name, n_in, n_out, segments=None):
-        module = super().linear(name, n_in, self.local(n_out))
+    def route(self, logits_TE, *args):
+        expert_Tk, weight_Tk, *balance = self.ops.route(self.gather(logits_TE), *args)
+        return self.mine(expert_Tk), self.mine(weight_Tk), *balance  # the balance of all tokens, on every rank
+
+    def column_linear(self, name, n_in, *segments):
+        module = super().linear(name, n_in, sum(self.local(units) * rows for units, rows in segments))
         self.mark(module.weight, 0, segments)
         return Around(module, before=self.gather)
 
@@ -168,18 +173,19 @@ class Around(nn.Module):
 
 
 class SplitExperts(nn.Module):
-    """Routing is known for all tokens on every rank; each rank adds what its share of the experts yields."""
+    """Every rank adds what its share of the experts yields for the tokens of all ranks."""
 
     def __init__(self, module, layers):
         super().__init__()
         self.up, self.down, self.op, self.layers = module.up, module.down, module.op, layers
 
     def forward(self, x_TL, expert_Tk, weight_Tk):
+        x_TL, expert_Tk, weight_Tk = (self.layers.gather(x) for x in (x_TL, expert_Tk, weight_Tk))
         if self.layers.split_experts:
             mine = len(self.up)
             expert_Tk = expert_Tk - self.layers.rank * mine
             expert_Tk = expert_Tk.masked_fill((expert_Tk < 0) | (expert_Tk >= mine), -1)
-        return self.layers.sum(self.op(self.layers.gather(x_TL), expert_Tk, weight_Tk, self.up, self.down))
+        return self.layers.sum(self.op(x_TL, expert_Tk, weight_Tk, self.up, self.down))
 
 
 class VocabEmbedding(nn.Module):

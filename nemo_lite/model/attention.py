@@ -14,11 +14,11 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers, name: str):
         super().__init__()
         self.head_dim = config.head_dim
-        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        q, kv = (config.num_attention_heads, self.head_dim), (config.num_key_value_heads, self.head_dim)
         self.q_proj = layers.column_linear(f"{name}.q_proj", config.hidden_size, q)
         self.k_proj = layers.column_linear(f"{name}.k_proj", config.hidden_size, kv)
         self.v_proj = layers.column_linear(f"{name}.v_proj", config.hidden_size, kv)
-        self.o_proj = layers.row_linear(f"{name}.o_proj", q, config.hidden_size)
+        self.o_proj = layers.row_linear(f"{name}.o_proj", q[0] * q[1], config.hidden_size)
         self.ops = layers.ops
 
     def forward(self, x_TH: Tensor, ctx: Context, index: int = 0) -> tuple[Tensor, None]:

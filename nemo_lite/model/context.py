@@ -1,4 +1,5 @@
-"""What all layers of one forward share: the shape of the batch, its documents, and the cache they continue."""
+"""What all layers of one forward share: the shape of the batch, its documents, and the cache they continue; and what the
+forward reads and predicts."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from nemo_lite.train.loss import IGNORE, shift_left, shifted_labels
 
 if TYPE_CHECKING:
     from nemo_lite.model.cache import Stream
@@ -81,3 +84,30 @@ def packed_context(input_ids: Tensor, doc_ids_BL: Tensor | None) -> Context:
         lengths=[end - begin for begin, end in zip(begins, ends)],
         count_BL=valid_BL if padded else None,
     )
+
+
+@dataclass
+class Tokens:
+    """What one forward without cache reads and predicts, by depth k = 0 (the trunk), 1 .. K (MTP): at position t it
+    reads ids[k] = token t+k, and predicts labels[k] = token t+k+1 where there is one (-100: none); all [B, L]."""
+
+    ids: list[Tensor]
+    labels: list[Tensor]
+    contexts: list[Context]
+
+    @classmethod
+    def of(cls, input_ids: Tensor, doc_ids: Tensor | None, labels: Tensor, depth: int) -> Tokens:
+        """labels: as Hugging Face has them, not shifted."""
+        trunk, depths = packed_context(input_ids, doc_ids), range(depth + 1)
+        shifted = [shifted_labels(labels, doc_ids, k + 1) for k in depths]
+        # A position whose own label is not there is a position only others of its kind see: causal attention.
+        ahead = [trunk.counting(shifted[k] != IGNORE) for k in depths[1:]]
+        return cls([shift_left(input_ids, k, 0) for k in depths], shifted, [trunk, *ahead])
+
+    @property
+    def depth(self) -> int:
+        return len(self.ids) - 1
+
+    def label_counts(self) -> Tensor:
+        """[1 + K] int64: how many labels each depth has."""
+        return torch.stack([(labels != IGNORE).sum() for labels in self.labels])

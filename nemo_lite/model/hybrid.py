@@ -23,13 +23,12 @@ from nemo_lite.config import ModelConfig
 from nemo_lite.model import step as fused
 from nemo_lite.model.attention import Attention
 from nemo_lite.model.cache import HybridCache, Pending
-from nemo_lite.model.context import Context, packed_context
+from nemo_lite.model.context import Context, Tokens
 from nemo_lite.model.mamba2 import Mamba2
 from nemo_lite.model.moe import MLP, LatentMoE
 from nemo_lite.model.mtp import MTP
 from nemo_lite.parallel.layers import Experts, Head, Layers, Linear
 from nemo_lite.parallel.native import copy_whole
-from nemo_lite.train.loss import IGNORE, label_counts, shift_left, shifted_labels
 
 FORMATS = ("int8", "int4")  # of packed weights
 
@@ -224,7 +223,7 @@ class HybridLM(nn.Module):
         """MTP depths in training; 0 without an MTP block."""
         return self.config.mtp.depth if self.mtp is not None else 0
 
-    def _computing_dtype(self) -> torch.dtype:
+    def computing_dtype(self) -> torch.dtype:
         """An autocast region's dtype where there is one, else the one this model was built for."""
         kind = self.device.type
         if torch.is_autocast_enabled(kind):
@@ -256,28 +255,33 @@ class HybridLM(nn.Module):
         """
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids must be [batch, length], not {list(input_ids.shape)}")
-        dtype = self._computing_dtype()
+        dtype = self.computing_dtype()
         # Layers decide their dtypes themselves (routers, norms and scans stay in float32), so autocast ends here.
         with torch.autocast(self.device.type, enabled=False):
             if cache is not None:
                 if labels is not None or mtp:
                     raise ValueError("labels and mtp need a forward without cache")
                 return self._cached(input_ids, doc_ids, cache, dtype, tentative)
-            ctx = packed_context(input_ids, doc_ids)
-            hidden_TH, stats = self._trunk(input_ids.flatten(), ctx, dtype)
-            out = self._output(hidden_TH, ctx)
-            for name, stat in stats:
-                out.expert_counts[name] = stat.counts_E
-            if self.mtp is not None and (labels is not None or mtp):
-                out.mtp_hidden, mtp_stats = self._depths(input_ids, doc_ids, labels, hidden_TH, ctx)
-                for name, stat in mtp_stats:
-                    previous = out.expert_counts.get(name, 0)
-                    out.expert_counts[name] = previous + stat.counts_E
-            else:
-                mtp_stats = []
-            if labels is not None:
-                self._loss(out, labels, doc_ids, stats, mtp_stats, normalizers or self._own(labels, doc_ids))
-            return out
+            depth = self.depth if mtp or labels is not None else 0
+            tokens = Tokens.of(input_ids, doc_ids, input_ids if labels is None else labels, depth)
+            hidden_TH, stats = self._trunk(input_ids.flatten(), tokens.contexts[0], dtype)
+            if labels is not None and normalizers is None:
+                normalizers = Normalizers(tokens.label_counts().double().tolist(), float(input_ids.shape[0]))
+            return self.finish(hidden_TH, tokens, stats, normalizers)
+
+    def finish(self, hidden_TH: Tensor, tokens: Tokens, stats: list, normalizers: Normalizers | None) -> HybridOutput:
+        """From the trunk's hidden states and its routers' statistics: MTP, and with normalizers the loss."""
+        out = self._output(hidden_TH, tokens.contexts[0])
+        out.mtp_hidden, mtp_stats = self._depths(tokens, hidden_TH)
+        for name, stat in [*stats, *mtp_stats]:
+            out.expert_counts[name] = out.expert_counts.get(name, 0) + stat.counts_E
+        if normalizers is not None:
+            self._loss(out, tokens.labels, normalizers)
+            aux = self.auxiliary_loss(stats, normalizers)
+            if mtp_stats:  # the mean over depths, as for the MTP loss
+                aux = aux + self.auxiliary_loss(mtp_stats, normalizers) / tokens.depth
+            out.loss, out.aux_loss = out.loss + aux, aux.detach()
+        return out
 
     def _output(self, hidden_TH: Tensor, ctx: Context, cache: HybridCache | None = None) -> HybridOutput:
         hidden = hidden_TH.unflatten(0, (ctx.batch, ctx.length))
@@ -285,19 +289,19 @@ class HybridLM(nn.Module):
 
     def trunk(self, ids_T: Tensor, ctx: Context) -> Tensor:
         """Hidden states after the final norm, [T, H]: for engines that keep their own cache behind ctx."""
-        return self._trunk(ids_T, ctx, self._computing_dtype())[0]
+        return self._trunk(ids_T, ctx, self.computing_dtype())[0]
 
     def mtp_block(self, hidden_TH: Tensor, ids_T: Tensor, ctx: Context) -> Tensor:
         """One depth of the MTP block, [T, H]: from the hidden states of the depth before and the tokens ahead."""
         assert self.mtp is not None
-        return self.mtp(hidden_TH, self.embedding(ids_T).to(hidden_TH.dtype), ctx, self._run)[0]
+        return self.mtp(hidden_TH, self.embedding(ids_T).to(hidden_TH.dtype), ctx, self.run_layers)[0]
 
     def _trunk(self, ids_T: Tensor, ctx: Context, dtype: torch.dtype):
         x_TH = self.embedding(ids_T).to(dtype)
-        x_TH, stats = self._run(self.layers, x_TH, ctx)
+        x_TH, stats = self.run_layers(self.layers, x_TH, ctx)
         return self.norm_f(x_TH), stats
 
-    def _run(self, layers, x_TH: Tensor, ctx: Context):
+    def run_layers(self, layers, x_TH: Tensor, ctx: Context):
         """x through `layers`; the hidden states and, for each MoE layer in training, (its name, RouterStats)."""
         stats = []
         if (step := self._step(layers, x_TH, ctx)) is not None and (out := fused.run(step, x_TH, ctx)) is not None:
@@ -325,42 +329,33 @@ class HybridLM(nn.Module):
         self._steps.clear()  # the weights move
         return super()._apply(*args, **options)
 
-    def _depths(self, input_ids, doc_ids, labels, hidden_TH: Tensor, ctx: Context):
+    def _depths(self, tokens: Tokens, hidden_TH: Tensor):
         """Hidden states of MTP depth 1..K, [B, L, H] each, and the routers' statistics of all depths."""
-        assert self.mtp is not None
-        targets = labels if labels is not None else input_ids
         hiddens, stats, h_TH = [], [], hidden_TH
-        for k in range(1, self.depth + 1):
-            e_TH = self.embedding(shift_left(input_ids, k, 0).flatten()).to(h_TH.dtype)
-            # A position whose own label is not there is a position only others of its kind see: causal attention.
-            counted = shifted_labels(targets, doc_ids, k + 1) != IGNORE
-            h_TH, depth_stats = self.mtp(h_TH, e_TH, ctx.counting(counted), self._run)
+        for ids, ctx in zip(tokens.ids[1:], tokens.contexts[1:]):
+            assert self.mtp is not None
+            e_TH = self.embedding(ids.flatten()).to(h_TH.dtype)
+            h_TH, depth_stats = self.mtp(h_TH, e_TH, ctx, self.run_layers)
             hiddens.append(h_TH.unflatten(0, (ctx.batch, ctx.length)))
             stats += depth_stats
         return hiddens, stats
 
-    def _own(self, labels: Tensor, doc_ids: Tensor | None) -> Normalizers:
-        """This batch's own counts."""
-        return Normalizers(label_counts(labels, doc_ids, self.depth).double().tolist(), float(labels.shape[0]))
-
-    def _loss(self, out: HybridOutput, labels, doc_ids, stats, mtp_stats, normalizers: Normalizers) -> None:
-        config, depth = self.config, len(out.mtp_hidden)
-        scales = [1.0] + [config.mtp.loss_weight / max(depth, 1)] * depth
+    def _loss(self, out: HybridOutput, labels: list[Tensor], normalizers: Normalizers) -> None:
+        depth, labels_T = len(out.mtp_hidden), torch.stack(labels).flatten()
+        scales = [1.0] + [self.config.mtp.loss_weight / max(depth, 1)] * depth
         hiddens = [out.hidden, *out.mtp_hidden]
-        all_labels = torch.cat([shifted_labels(labels, doc_ids, k + 1).flatten() for k in range(depth + 1)])
         counts = [max(count, 1.0) for count in normalizers.labels]
         dtype = torch.promote_types(out.hidden.dtype, torch.float32)
-        per_token = torch.tensor([s / n for s, n in zip(scales, counts)], dtype=dtype, device=labels.device)
-        weights_T = per_token.repeat_interleave(labels.numel())
-        loss, nll_T = self.head.loss(torch.cat([h.flatten(0, 1) for h in hiddens]), all_labels, weights_T)
+        per_token = torch.tensor([s / n for s, n in zip(scales, counts)], dtype=dtype, device=labels_T.device)
+        weights_T = per_token.repeat_interleave(labels[0].numel())
+        out.loss, nll_T = self.head.loss(torch.cat([h.flatten(0, 1) for h in hiddens]), labels_T, weights_T)
         sums = nll_T.view(depth + 1, -1).sum(-1)
         out.losses = sums / sums.new_tensor(counts)
-        aux = sum((stat.aux for _, stat in stats), loss.new_zeros(()))
-        if depth:  # the mean over depths, as for the MTP loss
-            aux = aux + sum((stat.aux for _, stat in mtp_stats), loss.new_zeros(())) / depth
-        aux = aux * (config.router_aux_loss_coef / max(normalizers.rows, 1.0))
-        out.aux_loss = aux.detach()
-        out.loss = loss + aux
+
+    def auxiliary_loss(self, stats: list, normalizers: Normalizers) -> Tensor:
+        """That of the routers of (name, RouterStats), summed, times its coefficient."""
+        coefficient = self.config.router_aux_loss_coef / max(normalizers.rows, 1.0)
+        return sum((stat.aux for _, stat in stats), torch.zeros((), device=self.device)) * coefficient
 
     # ------------------------------------------------------------------------------------------- with a cache; drafting
 
@@ -440,7 +435,7 @@ class HybridLM(nn.Module):
         pick(logits [B, V]) -> tokens [B] chooses each draft. The block first reads every position that was committed
         since the last draft, with its true trunk output; what it adds beyond that is forgotten again.
         """
-        dtype = self._computing_dtype()
+        dtype = self.computing_dtype()
         assert cache.mtp is not None
         cache.expect(next_tokens.tolist())
         self._catch_up(cache, next_tokens.tolist(), dtype)

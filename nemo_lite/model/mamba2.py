@@ -24,9 +24,9 @@ class Conv(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers, name: str):
         super().__init__()
-        inner, gn = config.mamba_inner, config.mamba_groups_state
-        self.weight = layers.channels(f"{name}.weight", inner, gn, gn, width=config.conv_kernel)
-        self.bias = layers.channels(f"{name}.bias", inner, gn, gn)
+        x, group = (config.mamba_num_heads, config.mamba_head_dim), (config.n_groups, config.ssm_state_size)
+        self.weight = layers.channels(f"{name}.weight", x, group, group, width=config.conv_kernel)
+        self.bias = layers.channels(f"{name}.bias", x, group, group)
         self.op = layers.ops.causal_conv
 
     def forward(self, x_BLC: Tensor, reset_BL: Tensor | None, window_BwC: Tensor | None) -> Tensor:
@@ -36,7 +36,7 @@ class Conv(nn.Module):
 class Mamba2(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers, name: str):
         super().__init__()
-        heads, inner, gn = config.mamba_num_heads, config.mamba_inner, config.mamba_groups_state
+        heads, inner = config.mamba_num_heads, config.mamba_inner
         self.heads, self.head_dim = layers.local(heads), config.mamba_head_dim
         self.groups, self.state = layers.local(config.n_groups), config.ssm_state_size
         self.chunk, self.limit = config.chunk_size, tuple(config.time_step_limit)
@@ -44,12 +44,12 @@ class Mamba2(nn.Module):
         self.ssd, self.ssd_recurrent, self.ssd_verify, self.ssd_advance = (
             ops.ssd, ops.ssd_recurrent, ops.ssd_verify, ops.ssd_advance,
         )  # fmt: skip
-        segments = (inner, inner, gn, gn, heads)
-        self.in_proj = layers.column_linear(f"{name}.in_proj", config.hidden_size, sum(segments), segments)
+        x, group = (heads, self.head_dim), (config.n_groups, self.state)
+        self.in_proj = layers.column_linear(f"{name}.in_proj", config.hidden_size, x, x, group, group, (heads, 1))
         self.conv1d = Conv(config, layers, f"{name}.conv1d")
-        self.dt_bias = layers.channels(f"{name}.dt_bias", heads)
-        self.A_log = layers.channels(f"{name}.A_log", heads)
-        self.D = layers.channels(f"{name}.D", heads)
+        self.dt_bias = layers.channels(f"{name}.dt_bias", (heads, 1))
+        self.A_log = layers.channels(f"{name}.A_log", (heads, 1))
+        self.D = layers.channels(f"{name}.D", (heads, 1))
         self.norm = layers.gated_norm(f"{name}.norm", inner, config.n_groups, config.layer_norm_epsilon)
         self.out_proj = layers.row_linear(f"{name}.out_proj", inner, config.hidden_size)
 

@@ -49,19 +49,19 @@ class Router(nn.Module):
         self.n_group, self.topk_group = config.n_group, config.topk_group
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("bias", torch.zeros(config.n_routed_experts))
-        self.all_tokens, self.route = layers.all_tokens, layers.ops.route
+        self.mine, self.route = layers.mine, layers.route
 
     def forward(self, x_TH: Tensor, ctx: Context) -> tuple[Tensor, Tensor, RouterStats | None]:
         """Chosen experts [T, k] (-1 on padding), their weights [T, k] in float32, and statistics when training."""
         dtype = torch.promote_types(x_TH.dtype, torch.float32)
-        logits_TE = self.all_tokens(F.linear(x_TH.to(dtype), self.weight.to(dtype)))
+        logits_TE = F.linear(x_TH.to(dtype), self.weight.to(dtype))
         rows = ctx.batch if self.training else 0
         expert_Tk, weight_Tk, counts_E, aux = self.route(
             logits_TE, self.bias, self.topk, self.scaling, self.normalise, self.n_group, self.topk_group, rows,
             ctx.count_BL,
         )  # fmt: skip
         if ctx.valid_BL is not None:
-            expert_Tk = expert_Tk.masked_fill(~ctx.valid_BL.flatten()[:, None], -1)
+            expert_Tk = expert_Tk.masked_fill(~self.mine(ctx.valid_BL.flatten())[:, None], -1)
         stats = None if counts_E is None or aux is None else RouterStats(counts_E, aux)
         return expert_Tk, weight_Tk, stats
 
@@ -71,7 +71,7 @@ class MLP(nn.Module):
 
     def __init__(self, layers: Layers, name: str, hidden_size: int, inner: int):
         super().__init__()
-        self.up = layers.column_linear(f"{name}.up_proj", hidden_size, inner)
+        self.up = layers.column_linear(f"{name}.up_proj", hidden_size, (inner, 1))
         self.down = layers.row_linear(f"{name}.down_proj", inner, hidden_size)
         self.squared_relu = layers.ops.squared_relu
 

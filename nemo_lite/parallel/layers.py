@@ -5,13 +5,16 @@ name, and this object answers with modules that hold this rank's share. Two choi
 keeps everything whole; an engine may split columns, rows, heads and experts and own the collectives), and *number
 format* (`matmul_for(name, ...)` and `experts_for(name)` say what a linear and a layer's experts multiply with).
 
+Outputs and channels that may be split are given as segments (units, size): so many heads or groups of so many rows
+each. Every rank has its share of the units of each segment.
+
 Activations are token-major, [T, width], with T = rows x length; collectives of a sequence-parallel placement therefore
 work on dim 0. Such a placement scatters tokens in `embedding` and in the norm named mtp.hnorm; gathers them in
-`column_linear`, `experts`, the last norms (norm_f, mtp.final_layernorm) and `all_tokens`, which the router asks for;
-and sums and scatters them in `row_linear` and `experts`. tests/fake_layers.py is one.
+`column_linear` and the last norms (norm_f, mtp.final_layernorm); and sums and scatters them in `row_linear`. Routers
+and experts see a rank's own tokens, `mine`. tests/fake_layers.py is one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from nemo_lite_kernels import Ops, select
@@ -20,6 +23,9 @@ from torch import Tensor, nn
 from nemo_lite.precision import te
 from nemo_lite.precision.linear import Emulated, Gemms, Matmul, Numerics
 from nemo_lite.train.loss import cross_entropy_chunked
+
+
+Segment = tuple[int, int]  # so many units (heads, groups, channels) of so many rows each
 
 
 class Linear(nn.Module):
@@ -154,9 +160,9 @@ class Layers:
         """A linear that is whole on every rank."""
         return Linear(n_in, n_out, self.matmul_for(name, n_in, n_out))
 
-    def column_linear(self, name: str, n_in: int, n_out: int, segments: Sequence[int] | None = None) -> nn.Module:
-        """A linear whose outputs are split over ranks, each of `segments` (sizes that sum to n_out) for itself."""
-        return self.linear(name, n_in, n_out)
+    def column_linear(self, name: str, n_in: int, *segments: Segment) -> nn.Module:
+        """A linear whose outputs are split over ranks, the units of each segment for themselves."""
+        return self.linear(name, n_in, sum(units * size for units, size in segments))
 
     def row_linear(self, name: str, n_in: int, n_out: int) -> nn.Module:
         """A linear whose inputs are split over ranks; its output is summed over them."""
@@ -178,15 +184,21 @@ class Layers:
     def experts(self, name: str, n_experts: int, size: int, inner: int) -> nn.Module:
         return Experts(n_experts, size, inner, self.experts_for(name), self.ops.unpack)
 
-    def channels(self, name: str, *segments: int, width: int | None = None) -> nn.Parameter:
-        """A parameter [n] or [n, width] per head or channel, n = this rank's share of the sum of `segments`."""
-        n = sum(self.local(segment) for segment in segments)
+    def channels(self, name: str, *segments: Segment, width: int | None = None) -> nn.Parameter:
+        """A parameter [n] or [n, width] per head or channel, n = the rows of this rank's units of all segments."""
+        n = sum(self.local(units) * size for units, size in segments)
         return nn.Parameter(torch.empty(n) if width is None else torch.empty(n, width))
 
-    def all_tokens(self, x: Tensor) -> Tensor:
-        """The rows of all tokens, where a placement scatters them over ranks between blocks."""
+    def route(self, *args):
+        """The op `route` over this rank's tokens: [T, E] logits and what follows them in its signature.
+
+        `rows` and the counted positions are those of all ranks' tokens."""
+        return self.ops.route(*args)
+
+    def mine(self, x: Tensor) -> Tensor:
+        """The rows of this rank's tokens, where a placement scatters them over ranks between blocks."""
         return x
 
     def local(self, n: int) -> int:
-        """This rank's share of n heads, groups or channels."""
+        """This rank's share of n heads, groups or channels: 1 where there are fewer of them than ranks."""
         return n
