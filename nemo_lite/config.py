@@ -286,12 +286,22 @@ class ScheduleConfig:
 
 @dataclass
 class ParallelConfig:
-    """Which engine places the weights."""
+    """Which engine places the weights, and how. The sizes are of the megatron engine; data-parallel ranks follow."""
 
     engine: Literal["native", "auto", "megatron"] = key(
-        "native", "`native` is FSDP2 under torchrun; `auto` picks the one that is installed"
+        "native", "`native` is FSDP2 under torchrun; `megatron` Megatron-core; `auto` that where the sizes ask for it"
     )
-    reshard_after_forward: bool = key(True, "free a layer's gathered weights after its forward (FSDP2)")
+    reshard_after_forward: bool = key(True, "native: free a layer's gathered weights after its forward (FSDP2)")
+    tp: int = key(1, "tensor parallel: ranks that share heads and inner sizes")
+    pp: int = key(1, "pipeline parallel: stages, cut by `|` in the pattern or balanced by FLOPs")
+    ep: int = key(1, "expert parallel: ranks that share a layer's experts; across tp, cp and data-parallel ranks")
+    cp: int = key(1, "context parallel: ranks that share the tokens of a row")
+    sp: bool = key(True, "sequence parallel: share tokens between blocks over the tp ranks")
+    distributed_optimizer: bool = key(True, "share optimizer states over the data-parallel ranks")
+
+    @property
+    def uses_megatron(self) -> bool:
+        return self.engine == "megatron" or (self.engine == "auto" and self.tp * self.pp * self.ep * self.cp > 1)
 
 
 NumberFormat = Literal["bf16", "fp8", "fp8_block", "mxfp8", "nvfp4"]
@@ -452,10 +462,12 @@ class Recipe:
             "eval.every",
             "there is nothing to validate on with data.validation_fraction = 0; set it above 0, or eval.every to 0",
         )
+        parallel = self.parallel
+        sizes = [f"parallel.{name}" for name in ("tp", "pp", "ep", "cp") if getattr(parallel, name) != 1]
         refuse(
-            self.parallel.engine == "megatron",
-            "parallel.engine",
-            "the megatron engine is not in this version; use native or auto",
+            parallel.engine == "native" and bool(sizes),
+            sizes[0] if sizes else "",
+            "the native engine shards over all ranks alike; set parallel.engine to megatron, or leave it at 1",
         )
         asked = {op: backend for op, backend in vars(self.kernels).items() if backend != "auto"}
         if asked:  # the table imports torch, so that it is read only when a backend is named
@@ -469,10 +481,16 @@ class Recipe:
 
 
 def check_world_size(recipe: Recipe, world_size: int) -> None:
-    """Raise :class:`RecipeError` when the global batch cannot be shared evenly by ``world_size`` ranks."""
+    """Raise :class:`RecipeError` when the recipe's layout or global batch cannot be shared by ``world_size`` ranks."""
     batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
     if world_size < 1:
         raise RecipeError(f"{world_size} ranks cannot train; use at least 1")
+    if recipe.parallel.uses_megatron:
+        from nemo_lite.parallel.layout import layout_of, problems
+
+        if found := problems(recipe.model, layout_of(recipe), world_size, recipe.data.seq_len, batch, micro):
+            raise RecipeError("; ".join(found))
+        return
     if batch % (micro * world_size):
         shares = batch // micro
         legal = [n for n in range(1, shares + 1) if shares % n == 0]

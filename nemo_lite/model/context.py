@@ -1,5 +1,5 @@
-"""What all layers of one forward share: the shape of the batch, its documents, and the cache they continue; and what the
-forward reads and predicts."""
+"""What all layers of one forward share: the shape of the batch, its documents, and the cache they continue; and what it
+reads and predicts."""
 
 from __future__ import annotations
 

@@ -161,7 +161,8 @@ class HybridLM(nn.Module):
         """
         for name, parameter in self.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed * 0x9E3779B1 & 0xFFFFFFFF))
-            copy_whole(parameter, self._initial(name, parameter.shape, generator))
+            whole = parameter.part.shape if hasattr(parameter, "part") else parameter.shape
+            copy_whole(parameter, self._initial(name, whole, generator))
         for buffer in self.buffers():
             buffer.zero_()
 
@@ -277,7 +278,7 @@ class HybridLM(nn.Module):
             out.expert_counts[name] = out.expert_counts.get(name, 0) + stat.counts_E
         if normalizers is not None:
             self._loss(out, tokens.labels, normalizers)
-            aux = self.auxiliary_loss(stats, normalizers)
+            aux = out.loss.new_zeros(()) + self.auxiliary_loss(stats, normalizers)
             if mtp_stats:  # the mean over depths, as for the MTP loss
                 aux = aux + self.auxiliary_loss(mtp_stats, normalizers) / tokens.depth
             out.loss, out.aux_loss = out.loss + aux, aux.detach()
@@ -352,10 +353,9 @@ class HybridLM(nn.Module):
         sums = nll_T.view(depth + 1, -1).sum(-1)
         out.losses = sums / sums.new_tensor(counts)
 
-    def auxiliary_loss(self, stats: list, normalizers: Normalizers) -> Tensor:
-        """That of the routers of (name, RouterStats), summed, times its coefficient."""
-        coefficient = self.config.router_aux_loss_coef / max(normalizers.rows, 1.0)
-        return sum((stat.aux for _, stat in stats), torch.zeros((), device=self.device)) * coefficient
+    def auxiliary_loss(self, stats: list, normalizers: Normalizers):
+        """That of the routers of (name, RouterStats), summed, times its coefficient; 0 without routers."""
+        return sum(stat.aux for _, stat in stats) * (self.config.router_aux_loss_coef / max(normalizers.rows, 1.0))
 
     # ------------------------------------------------------------------------------------------- with a cache; drafting
 

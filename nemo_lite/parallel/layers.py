@@ -24,7 +24,6 @@ from nemo_lite.precision import te
 from nemo_lite.precision.linear import Emulated, Gemms, Matmul, Numerics
 from nemo_lite.train.loss import cross_entropy_chunked
 
-
 Segment = tuple[int, int]  # so many units (heads, groups, channels) of so many rows each
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nemo_lite.check import flops_per_token, layer_flops
-from nemo_lite.config import ModelConfig
+from nemo_lite.config import ModelConfig, Recipe
 from nemo_lite.pattern import CUT
 from nemo_lite.pattern import stages as cut_stages
 
@@ -42,6 +42,12 @@ class Layout:
     def edp(self, world: int) -> int:
         """Ranks that hold the same experts."""
         return world // (self.pp * self.ep)
+
+
+def layout_of(recipe: Recipe) -> Layout:
+    """A recipe's; sequence parallelism means nothing without tensor parallelism."""
+    parallel = recipe.parallel
+    return Layout(parallel.tp, parallel.pp, parallel.ep, parallel.cp, parallel.sp and parallel.tp > 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- rank groups

@@ -35,6 +35,15 @@ class World:
     def main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """This process among those that read rows of their own."""
+        return self.rank
+
+    @property
+    def data_size(self) -> int:
+        return self.size
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the ranks, in place."""
         if self.size > 1:
@@ -211,7 +220,9 @@ def copy_whole(parameter: Tensor, whole: Tensor) -> None:
     """Copy a whole tensor into a parameter, or this rank's part of it into a sharded one."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if isinstance(parameter, DTensor):
+    if (part := getattr(parameter, "part", None)) is not None:
+        parameter.copy_(part.take(whole))
+    elif isinstance(parameter, DTensor):
         whole = whole.to(parameter.to_local().device, parameter.dtype)
         part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.to_local().copy_(part.to_local())

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from nemo_lite.config import CheckpointConfig, UserError
 from nemo_lite.parallel.native import World
+from nemo_lite.parallel.parts import LoadPlanner, Pieces, SavePlanner
 
 FORMAT = 1
 FAILURES = (Exception, CheckpointException)  # torch derives the latter from BaseException
@@ -47,6 +48,8 @@ def _copy(tree: Any) -> Any:
         return {key: _copy(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return type(tree)(_copy(value) for value in tree)
+    if isinstance(tree, Pieces):
+        return tree.map(lambda tensor: tensor.detach().clone())
     return tree.detach().clone() if isinstance(tree, torch.Tensor) else tree
 
 
@@ -144,11 +147,7 @@ class Checkpointer:
         self.running: Future | None = None
         self.last_saved = -1
 
-    def _state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        weights = get_model_state_dict(model)  # first: it puts back the shards of what a validation left gathered
-        return {"model": weights, "optim": get_optimizer_state_dict(model, optimizer, options=BY_NAME)}
-
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, loop_state: dict[str, Any]) -> None:
+    def save(self, step: int, model: nn.Module, optimizer: Any, loop_state: dict[str, Any]) -> None:
         """Write step_N in the background (at once where checkpoint.asynchronous is off)."""
         self.wait()
         if self.world.main:
@@ -156,7 +155,7 @@ class Checkpointer:
             for stale in self.folder.glob("*.partial"):
                 shutil.rmtree(stale, ignore_errors=True)
         self.world.barrier()
-        state = _copy(self._state(model, optimizer))
+        state = _copy(_state(model, optimizer)[0])
         self.running = self.worker.submit(self._write, step, state, loop_state, _rng_state())
         self.last_saved = step
         if not self.config.asynchronous:
@@ -179,6 +178,7 @@ class Checkpointer:
                 dcp.save(
                     state,
                     storage_writer=dcp.FileSystemWriter(partial, sync_files=True),
+                    planner=SavePlanner(),
                     process_group=self.group,
                     no_dist=self.world.size == 1,
                 )
@@ -243,7 +243,7 @@ class Checkpointer:
     def close(self) -> None:
         self.worker.shutdown(wait=True)
 
-    def load(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    def load(self, folder: Path, model: nn.Module, optimizer: Any) -> dict[str, Any]:
         """Restore model and optimizer in place; the loop's own state."""
         loop_state = read_state(folder)
         load_tensors(folder, model, optimizer, self.world)
@@ -265,27 +265,37 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World | None) -> None:
-    """Fill model (and optimizer) from a checkpoint, whatever number of ranks wrote it."""
-    model_state = get_model_state_dict(model)
-    optim_state = get_optimizer_state_dict(model, optimizer, options=BY_NAME) if optimizer is not None else {}
-    state = {"model": model_state} | ({"optim": optim_state} if optimizer is not None else {})
+def _state(model: nn.Module, optimizer: Any) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Weights and optimizer states as they lie here, by names that all engines share; and what puts them in place once
+    a checkpoint has been read into them."""
+    if hasattr(optimizer, "state_pieces"):
+        return optimizer.state_pieces(), optimizer.spread
+    weights = get_model_state_dict(model)  # first: it puts back the shards of what a validation left gathered
+    if optimizer is None:
+        return {"model": weights}, lambda: model.load_state_dict(weights) and None
+    whole = get_optimizer_state_dict(model, optimizer, options=BY_NAME)
+    states = {name: value for name, value in whole.items() if name.startswith("state.")}
+
+    def put() -> None:
+        # Weight decay, betas and the like are the recipe's, which may have changed them since.
+        chosen = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=whole | states, options=BY_NAME)
+        for group, own in zip(optimizer.param_groups, chosen):
+            group.update(own)
+
+    return {"model": weights, "optim": states}, put
+
+
+def load_tensors(folder: Path, model: nn.Module, optimizer: Any, world: World | None) -> None:
+    """Fill model (and optimizer) from a checkpoint, whatever engine and number of ranks wrote it."""
+    state, put = _state(model, optimizer)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            dcp.load(state, checkpoint_id=folder, no_dist=world is None or world.size == 1)
+            dcp.load(state, checkpoint_id=folder, planner=LoadPlanner(), no_dist=world is None or world.size == 1)
     except FAILURES as error:
         raise UserError(f"{folder} does not fit this model: {_reason(error)}") from error
-    if optimizer is None:
-        model.load_state_dict(state["model"])
-    else:
-        # Weight decay, betas and the like are the recipe's, which may have changed them since.
-        chosen = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        set_state_dict(
-            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"], options=BY_NAME
-        )
-        for group, own in zip(optimizer.param_groups, chosen):
-            group.update(own)
+    put()
 
 
 def _reason(error: BaseException) -> str:

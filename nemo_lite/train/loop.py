@@ -68,13 +68,52 @@ def train(recipe: Recipe) -> Path:
     """Train as the recipe says, or go on with the run that its run_dir holds; the run's directory."""
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
+    engine = engine_of(recipe)
     with ExitStack() as stack:
-        world = start_world(recipe.train.device)
-        stack.callback(stop, world)
-        return _train(recipe, world, stack)
+        world = engine.start(recipe)
+        stack.callback(engine.stop, world)
+        return _train(recipe, engine, world, stack)
 
 
-def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
+def engine_of(recipe: Recipe) -> Any:
+    """What starts processes (`start`, `stop`) and trains on them (`Trainer`): the recipe's engine."""
+    if not recipe.parallel.uses_megatron:
+        return Native
+    try:
+        from nemo_lite.parallel import megatron
+    except UserError:
+        raise
+    except Exception as error:  # a broken install of what it imports may raise anything
+        raise UserError(
+            f"parallel.engine is megatron, and Megatron-core cannot be imported ({type(error).__name__}: {error}); "
+            "install nemo-lite[megatron]"
+        ) from error
+    return megatron.Megatron
+
+
+class Native:
+    """One process, or FSDP2: the engine whose parts are in parallel/native.py and below."""
+
+    @staticmethod
+    def start(recipe: Recipe) -> World:
+        return start_world(recipe.train.device)
+
+    stop = staticmethod(stop)
+
+    class Trainer:
+        def __init__(self, recipe: Recipe, world: World, fresh: bool):
+            self.recipe, self.world = recipe, world
+            self.model = build_model(recipe, world, fresh)
+            self.optimizer = build_optimizer(self.model, recipe.optim)
+
+        def step(self, micros: list[Any], rate: float, stopping: bool) -> StepResult:
+            return train_step(self.model, self.optimizer, micros, rate, self.recipe, self.world, stopping)
+
+        def evaluate(self, batches: Iterable, byte_lengths: Tensor) -> dict[str, Any]:
+            return evaluate(self.model, batches, byte_lengths, self.world)
+
+
+def _train(recipe: Recipe, engine: Any, world: World, stack: ExitStack) -> Path:
     run_dir, config = Path(recipe.run_dir or "runs/run"), recipe.train
     say = (lambda text: print(text, flush=True)) if world.main else (lambda text: None)
 
@@ -84,24 +123,24 @@ def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
     world.on_main(lambda: prepare(recipe.data, tokenizer, validation=recipe.eval.every > 0, progress=say))
     loader = stack.enter_context(
         PackedLoader(
-            recipe.data, tokenizer, seed=recipe.seed, global_batch_size=config.global_batch_size, rank=world.rank,
-            world_size=world.size, device=world.device,
+            recipe.data, tokenizer, seed=recipe.seed, global_batch_size=config.global_batch_size, rank=world.data_rank,
+            world_size=world.data_size, device=world.device,
         )
     )  # fmt: skip
     held_out = None
     if recipe.eval.every:
         held_out = validation_batches(
             recipe.data, tokenizer, rows_per_batch=config.global_batch_size, num_batches=recipe.eval.batches,
-            rank=world.rank, world_size=world.size,
+            rank=world.data_rank, world_size=world.data_size,
         )  # fmt: skip
     byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=world.device)
 
     # Model and optimizer.
     resume = world.on_main(lambda: _resume_from(run_dir, recipe, say))
-    model = build_model(recipe, world, fresh=not resume)
+    trainer = engine.Trainer(recipe, world, fresh=not resume)
+    model, optimizer = trainer.model, trainer.optimizer
     if recipe.model.eos_token_id is None:
         model.config.eos_token_id, model.config.pad_token_id = tokenizer.eod_id, tokenizer.pad_id
-    optimizer = build_optimizer(model, recipe.optim)
 
     # Where the run is.
     state = TrainState()
@@ -155,7 +194,7 @@ def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
             watch = world.main and every > 0 and model.numerics.on and (state.step + 1) % every == 0
             model.numerics.watch = statistics = Statistics() if watch else None
             # A checkpoint that one rank could not write stops them all, at the same step.
-            result = train_step(model, optimizer, micros, rate, recipe, world, stopping() or saver.failed)
+            result = trainer.step(micros, rate, stopping() or saver.failed)
             state.step += 1
             state.tokens += config.global_batch_size * recipe.data.seq_len
             window.add(result)
@@ -176,7 +215,7 @@ def _train(recipe: Recipe, world: World, stack: ExitStack) -> Path:
                     metrics.log({**record, **measured})
             if held_out is not None and (state.step % recipe.eval.every == 0 or last):
                 began = time.perf_counter()
-                record = evaluate(model, held_out, byte_lengths, world)
+                record = trainer.evaluate(held_out, byte_lengths)
                 if metrics is not None:
                     metrics.log({"step": state.step, "tokens": state.tokens, **record})
                 window.leave_out(time.perf_counter() - began)

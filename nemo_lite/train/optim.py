@@ -35,11 +35,15 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     )
 
 
+def clipping(norm: float, limit: float) -> float:
+    """What gradients are multiplied by: limit / norm where norm exceeds limit (0: never), else 1."""
+    return limit / (norm + 1e-6) if limit and norm > limit else 1.0
+
+
 @torch.no_grad()
 def clip_(parameters, norm: float, limit: float) -> None:
-    """Scale all gradients by limit / norm where norm exceeds limit (0: never)."""
-    if limit and norm > limit:
-        scale = limit / (norm + 1e-6)
+    """Scale all gradients as `clipping` says."""
+    if (scale := clipping(norm, limit)) != 1.0:
         for p in parameters:
             if p.grad is not None:
                 p.grad.mul_(scale)
