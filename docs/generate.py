@@ -8,6 +8,7 @@ the JSON files in benchmarks/results.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -453,11 +454,70 @@ def readme(text: str, folder: Path = RESULTS) -> str:
     return f"{before}{BEGIN}\n\n{numbers(folder)}\n\n{END}{after}"
 
 
+# ---------------------------------------------------------------------------------------------------------- parallelism
+
+
+def _between(text: str, name: str, lines: list[str]) -> str:
+    """`text` with what stands between <!-- name --> and <!-- /name --> replaced."""
+    before, _, rest = text.partition(f"<!-- {name} -->")
+    _, _, after = rest.partition(f"<!-- /{name} -->")
+    block = "\n".join(lines)
+    return f"{before}<!-- {name} -->\n\n{block}\n\n<!-- /{name} -->{after}"
+
+
+def layout_table(tp: int = 4, ep: int = 16) -> list[str]:
+    """Every kind of weight, whole and on a rank, as the megatron engine cuts it."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from nemo_lite.config import load_recipe
+    from nemo_lite.model.hybrid import HybridLM
+    from nemo_lite.parallel import megatron
+
+    overrides = ["model.pattern=M*E-", "model.intermediate_size=5376"]
+    config = load_recipe(ROOT / "recipes" / "pretrain" / "nemotron3_super.yaml", overrides).model
+    groups = [SimpleNamespace(rank=lambda: 0, size=lambda size=size: size) for size in (tp, 1, ep)]
+    world = megatron.Ranks(0, tp * ep, torch.device("cpu"), None, megatron.Layout(tp, 1, ep, 1, True))
+    layers = megatron.Placed(world, megatron.config_of(world.layout, config.hidden_size), megatron.Groups(*groups))
+    rows: dict[str, list[str]] = {}
+    for name, parameter in HybridLM(config, device="meta", layers=layers).named_parameters():
+        if name.startswith("mtp.layers"):
+            continue  # as the trunk's
+        kind = re.sub(r"layers\.\d+\.", "", name)
+        part = getattr(parameter, "part", None)
+        if part is None:
+            local, how = parameter.shape, "whole on every rank"
+        elif "experts" in name:
+            local, how = part.local_shape, "by expert, over ep"
+        else:
+            local = part.local_shape
+            how = "by input column" if part.dim else "by output row" if len(part.shape) > 1 else "by channel"
+            copies = max(run.copies for run in part.runs)
+            if len(part.runs) > 1:
+                how += ", each segment for itself"
+            how += f"; {copies} ranks hold copies" if copies > 1 else ""
+        whole = parameter.shape if part is None else part.shape
+        rows.setdefault(kind, [f"`{kind}`", " x ".join(map(str, whole)), " x ".join(map(str, local)), how])
+    return _table(["weight", "whole", f"on a rank of tp {tp}, ep {ep}", "cut"], list(rows.values()))
+
+
+def parallelism_page() -> str:
+    """docs/parallelism.md with its tables current."""
+    from nemo_lite.parallel.megatron_cpu import MODULES
+
+    text = (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8")
+    modules = [[f"`megatron.core.{name}`", why] for name, why in MODULES.items()]
+    text = _between(text, "layout", layout_table())
+    return _between(text, "stand-ins", _table(["module", "what it asks for"], modules))
+
+
 def pages(folder: Path = RESULTS) -> dict[Path, str]:
     """Every generated file and what it should hold."""
     return {
         ROOT / "docs" / "recipes.md": recipes_page(),
         ROOT / "docs" / "results.md": results_page(folder),
+        ROOT / "docs" / "parallelism.md": parallelism_page(),
         ROOT / "README.md": readme((ROOT / "README.md").read_text(encoding="utf-8"), folder),
     }
 

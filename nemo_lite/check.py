@@ -166,8 +166,8 @@ def memory_per_rank(recipe: Recipe, world_size: int = 1) -> dict[str, int]:
     Exact: ``weights``, ``gradients`` and ``optimizer`` (two AdamW moments), each parameters / world_size in float32
     (float64 where train.dtype is). Estimates: ``gathered``, what FSDP2 holds whole (two of the largest layers, or the
     model without reshard_after_forward, in train.dtype; nothing on one rank in full precision);
-    ``activations``, tokens of a micro batch x bytes a layer keeps for its backward (with recompute, each layer's input
-    and the largest layer); ``logits``, one chunk of the loss with its gradient in float32.
+    ``activations``, tokens of a micro batch x bytes a layer keeps for its backward (of what is recomputed, each layer's
+    input and the largest layer); ``logits``, one chunk of the loss with its gradient in float32.
     """
     config, train = recipe.model, recipe.train
     counts, width = parameter_counts(config), _BYTES[train.dtype]
@@ -182,10 +182,9 @@ def memory_per_rank(recipe: Recipe, world_size: int = 1) -> dict[str, int]:
     tokens = train.micro_batch_size * recipe.data.seq_len
     runs = config.layers + config.mtp_layers * config.mtp.depth
     each = {kind: _layer_activations(config, kind, recipe.data.seq_len, width) for kind in set(runs)}
-    if train.recompute == "full":
-        kept = len(runs) * width * config.hidden_size + max(each.values())
-    else:
-        kept = sum(each[kind] for kind in runs)
+    again = [kind for kind in runs if kind in train.recomputed]
+    kept = sum(each[kind] for kind in runs if kind not in train.recomputed)
+    kept += len(again) * width * config.hidden_size + max((each[kind] for kind in again), default=0)
     depths = config.mtp.depth if config.mtp_layers else 0
     kept += width * config.hidden_size * (2 + 5 * depths)  # final norm; enorm, hnorm, their concatenation, final norm
     memory = {

@@ -246,12 +246,21 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = key(
         "float32", "what activations and matrix products are computed in; master weights stay float32 (or float64)"
     )
-    recompute: Literal["none", "full"] = key("none", "`full` keeps only each layer's input and recomputes the rest")
+    recompute: str = key(
+        "none",
+        "`full` keeps only each layer's input and recomputes the rest; letters such as `M*`, only of those kinds",
+    )
     compile: bool = key(False, "torch.compile every layer; the first step takes minutes")
     loss_chunk: int = key(512, "tokens whose logits are held at once", "tokens", ge=1)
     max_nonfinite: int = key(5, "steps in a row with a non-finite loss or gradient before the run stops", "steps", ge=1)
     threads: int | None = key(None, "torch threads a process; null leaves torch's choice", ge=1)
     device: Literal["auto", "cpu", "cuda"] = key("auto", "`auto` takes CUDA where there is one")
+    deterministic: bool = key(False, "refuse operations whose result depends on their timing; CPUs have none")
+
+    @property
+    def recomputed(self) -> str:
+        """Letters of the kinds of layers that are recomputed."""
+        return {"none": "", "full": "M*E-"}.get(self.recompute, self.recompute)
 
 
 @dataclass
@@ -263,6 +272,15 @@ class EvalConfig:
 
 
 @dataclass
+class OptimRule:
+    """What differs for the parameters whose names a pattern matches."""
+
+    match: str = key("", "names, as a shell pattern, such as `embedding.*`, `*.router.weight` or `mtp.*`")
+    lr_scale: float = key(1.0, "times the learning rate", ge=0)
+    weight_decay_scale: float = key(1.0, "times the weight decay, where there is one", ge=0)
+
+
+@dataclass
 class OptimConfig:
     """AdamW."""
 
@@ -271,6 +289,7 @@ class OptimConfig:
     eps: float = key(1e-8, "epsilon", gt=0)
     weight_decay: float = key(0.1, "weight decay; never on norms, biases, A_log, D, dt_bias", ge=0)
     clip_grad: float = key(1.0, "largest global gradient norm; 0 for no clipping", ge=0)
+    rules: list[OptimRule] = key(list, "exceptions; the first that matches a parameter's name decides")
 
 
 @dataclass
@@ -292,10 +311,10 @@ class ParallelConfig:
         "native", "`native` is FSDP2 under torchrun; `megatron` Megatron-core; `auto` that where the sizes ask for it"
     )
     reshard_after_forward: bool = key(True, "native: free a layer's gathered weights after its forward (FSDP2)")
-    tp: int = key(1, "tensor parallel: ranks that share heads and inner sizes")
-    pp: int = key(1, "pipeline parallel: stages, cut by `|` in the pattern or balanced by FLOPs")
-    ep: int = key(1, "expert parallel: ranks that share a layer's experts; across tp, cp and data-parallel ranks")
-    cp: int = key(1, "context parallel: ranks that share the tokens of a row")
+    tp: int = key(1, "tensor parallel: ranks that share heads and inner sizes", "ranks", ge=1)
+    pp: int = key(1, "pipeline parallel: stages, cut by `|` in the pattern or balanced by FLOPs", "ranks", ge=1)
+    ep: int = key(1, "expert parallel: ranks that share a layer's experts, over tp, cp and dp", "ranks", ge=1)
+    cp: int = key(1, "context parallel: ranks that share the tokens of a row", "ranks", ge=1)
     sp: bool = key(True, "sequence parallel: share tokens between blocks over the tp ranks")
     distributed_optimizer: bool = key(True, "share optimizer states over the data-parallel ranks")
 
@@ -416,6 +435,11 @@ class Recipe:
                 size = getattr(model, name)
                 sentence = f"the experts' grouped GEMM takes multiples of 8, and {size} is none; {_multiples(size, 8)}"
                 refuse(size % 8 != 0, f"model.{name}", sentence)
+        refuse(
+            (not train.recomputed and train.recompute != "none") or bool(set(train.recomputed) - set("M*E-")),
+            "train.recompute",
+            f"needs none, full or letters of M*E-, got {train.recompute!r}",
+        )
         refuse(not data.blend, "data.blend", "is empty; name at least one source, such as [{source: stdlib}]")
         refuse(
             bool(model.mtp_layers) and data.seq_len <= model.mtp.depth + 1,
@@ -817,7 +841,7 @@ def _type_name(hint: Any) -> str:
         return " or ".join(typing.get_args(hint))
     if typing.get_origin(hint) is list:
         element = typing.get_args(hint)[0]
-        sections = {SourceConfig: "sources", PrecisionRule: "rules"}
+        sections = {SourceConfig: "sources", PrecisionRule: "precision.rules", OptimRule: "optim.rules"}
         return f"list of {sections.get(element) or _type_name(element)}"
     return hint.__name__
 

@@ -48,6 +48,8 @@ def main() -> None:
     from nemo_lite.config import load_recipe
 
     load_recipe(Path(__file__).parent / "recipes" / "resume.yaml")  # imports what reads recipes
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     print(json.dumps("ready"), file=answers, flush=True)

@@ -59,11 +59,12 @@ class Child:
 class Forks:
     """The fork server, and what it is asked for."""
 
-    def __init__(self, folder: Path, cache: Path):
+    def __init__(self, folder: Path, cache: Path, *modules: str):
+        """modules: imported by the server too."""
         self.folder, self.cache, self.count = folder, cache, 0
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("forkserver.py"))],
+            [sys.executable, str(Path(__file__).with_name("forkserver.py")), *modules],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env,
         )  # fmt: skip
         assert self._answer() == "ready"

@@ -132,7 +132,7 @@ class HybridLM(nn.Module):
         self._whole = type(layers) is Layers
         self._steps: dict = {}  # the fused steps of the trunk and of the MTP block
         self.dtype = dtype
-        self.recompute = False
+        self.recompute = ""  # letters of the layers whose inside is computed again for the backward
         with torch.device(device):
             self.embedding = layers.embedding("embeddings", config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(
@@ -308,7 +308,7 @@ class HybridLM(nn.Module):
         if (step := self._step(layers, x_TH, ctx)) is not None and (out := fused.run(step, x_TH, ctx)) is not None:
             return out, stats
         for index, layer in enumerate(layers):
-            if self.recompute and torch.is_grad_enabled():
+            if layer.kind in self.recompute and torch.is_grad_enabled():
                 x_TH, stat = checkpoint(layer, x_TH, ctx, index, use_reentrant=False)
             else:
                 x_TH, stat = layer(x_TH, ctx, index)

@@ -32,7 +32,9 @@ with warnings.catch_warnings():
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.enums import ModelType
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
+    from megatron.core.optimizer.optimizer import MixedPrecisionOptimizer
+    from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, mappings
     from megatron.core.transformer import TransformerConfig
@@ -47,7 +49,7 @@ from nemo_lite.parallel.parts import Part, Pieces, Segment
 from nemo_lite.precision.linear import Gemms, Numerics
 from nemo_lite.precision.recipe import formats as number_formats
 from nemo_lite.train.loss import IGNORE
-from nemo_lite.train.optim import clipping, update_router_biases
+from nemo_lite.train.optim import clipping, refuse_idle_rules, scales, update_router_biases
 
 # ----------------------------------------------------------------------------------------------------------- processes
 
@@ -97,6 +99,22 @@ def stop(world: Ranks) -> None:
 # ------------------------------------------------------------------------------------------------------------ placement
 
 
+@dataclass(frozen=True)
+class Groups:
+    """The process groups that weights and tokens are cut over."""
+
+    tp: Any
+    cp: Any
+    ep: Any
+
+    @classmethod
+    def of_megatron(cls) -> Groups:
+        return cls(
+            parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group(),
+            parallel_state.get_expert_model_parallel_group(),
+        )  # fmt: skip
+
+
 class Placed(whole.Layers):
     """This rank's share of every weight; collectives are Megatron-core's.
 
@@ -106,14 +124,12 @@ class Placed(whole.Layers):
     """
 
     def __init__(
-        self, world: Ranks, config: Any, kernels: Mapping[str, str] | None = None,
+        self, world: Ranks, config: Any, groups: Groups, kernels: Mapping[str, str] | None = None,
         formats: Mapping[str, Gemms] | None = None, numerics: Numerics | None = None,
     ):  # fmt: skip
         super().__init__(world.device, kernels, formats, numerics)
         self.config, self.sp = config, world.layout.sp
-        self.tp = parallel_state.get_tensor_model_parallel_group()
-        self.cp = parallel_state.get_context_parallel_group()
-        self.ep = parallel_state.get_expert_model_parallel_group()
+        self.tp, self.cp, self.ep = groups.tp, groups.cp, groups.ep
         self.rank, self.ranks = self.tp.rank(), self.tp.size()
         if self.cp.size() > 1:
             self.ops = sequence.Rows(self.ops, self.cp).over()
@@ -228,7 +244,9 @@ class Column(ColumnParallelLinear):
     """x [T, in] W^T with W [out / tp, in]; gathers tokens first under sequence parallelism."""
 
     def __init__(self, layers: Placed, name: str, n_in: int, rows: int):
-        super().__init__(n_in, rows * layers.ranks, config=layers.config, init_method=_nothing, bias=False)
+        super().__init__(
+            n_in, rows * layers.ranks, config=layers.config, init_method=_nothing, bias=False, tp_group=layers.tp
+        )
         self.matmul = layers.matmul_for(name, n_in, rows) if name in layers.emulated else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -247,7 +265,7 @@ class Row(RowParallelLinear):
     def __init__(self, layers: Placed, name: str, n_in: int, n_out: int):
         super().__init__(
             n_in, n_out, config=layers.config, init_method=_nothing, bias=False, input_is_parallel=True,
-            skip_bias_add=False,
+            skip_bias_add=False, tp_group=layers.tp,
         )  # fmt: skip
         mine = n_in // layers.ranks
         self.matmul = layers.matmul_for(name, mine, n_out) if name in layers.emulated else None
@@ -266,8 +284,9 @@ class Embedding(VocabParallelEmbedding):
 
     def __init__(self, layers: Placed, vocab_size: int, hidden_size: int):
         super().__init__(
-            vocab_size, hidden_size, init_method=_nothing, reduce_scatter_embeddings=layers.sp, config=layers.config
-        )
+            vocab_size, hidden_size, init_method=_nothing, reduce_scatter_embeddings=layers.sp, config=layers.config,
+            tp_group=layers.tp,
+        )  # fmt: skip
 
     def forward(self, ids_T: Tensor) -> Tensor:
         x = super().forward(ids_T[None])  # [1, T, H], or [T / tp, 1, H]
@@ -539,7 +558,7 @@ class Optimizer:
                 adam_beta2=optim.betas[1], adam_eps=optim.eps, bf16=dtype == torch.bfloat16, params_dtype=dtype,
                 use_distributed_optimizer=sharded, clip_grad=0.0,
             ),
-            [self.ddp], use_gloo_process_groups=False,
+            [self.ddp], self._overrides(), use_gloo_process_groups=False,
         )  # fmt: skip
         self.parts = [o for o in self.chain.chained_optimizers if not getattr(o, "is_stub_optimizer", False)]
         self.masters = list(self._masters())
@@ -547,6 +566,19 @@ class Optimizer:
         # Under sequence parallelism what is whole on every rank has seen the tokens of one.
         self.of_tokens = [p for p, part in parameters if world.layout.sp and part.whole]
         self.of_copies = [p for p, part in parameters if not part.whole and any(r.copies > 1 for r in part.runs)]
+
+    def _overrides(self) -> dict[Any, dict[str, float]]:
+        """The recipe's scales of learning rate and weight decay, as Megatron-core's groups take them."""
+        optim, found = self.recipe.optim, {}
+        names = {p: name for name, p in self.stage.model.named_parameters()}
+        for lr, decay in sorted({scales(name, p, optim) for p, name in names.items()}):
+
+            def mine(p: nn.Parameter, _: str, wanted: tuple = (lr, decay)) -> bool:
+                return scales(names[p], p, optim) == wanted
+
+            predicate = ParamWithNamePredicate(f"{lr} {decay}", mine)
+            found[ParamKey(with_name_predicate=predicate)] = {"lr_mult": lr, "wd_mult": decay}
+        return found
 
     def _masters(self) -> Iterator[Master]:
         names = {p: name for name, p in self.stage.model.named_parameters()}
@@ -601,8 +633,14 @@ class Optimizer:
             master.flat.grad = master.gradient.to(master.flat.dtype).view_as(master.flat) * scale
         for each in self.parts:
             for group in each.optimizer.param_groups:
-                group["lr"], group["weight_decay"] = rate, optim.weight_decay * group["wd_mult"]
-            each.step_with_ready_grads()
+                group["lr"] = rate * group["lr_mult"]
+                group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+            if self.sharded:  # its own way gathers all weights once for the dense part and once for the experts
+                MixedPrecisionOptimizer.step_with_ready_grads(each)
+            else:
+                each.step_with_ready_grads()
+        if self.sharded:
+            self.ddp.start_param_sync()
         for master in self.masters:
             master.flat.grad = None
 
@@ -677,13 +715,27 @@ class Optimizer:
 # -------------------------------------------------------------------------------------------------------------- trainer
 
 
+def config_of(layout: Layout, hidden_size: int, dtype: torch.dtype = torch.float32, deterministic: bool = False):
+    """What Megatron-core's layers, schedule and data parallelism ask for; of the model only a width."""
+    return TransformerConfig(
+        num_layers=layout.pp, hidden_size=hidden_size, num_attention_heads=layout.tp,
+        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp, sequence_parallel=layout.sp, pipeline_dtype=dtype,
+        params_dtype=torch.float64 if dtype == torch.float64 else torch.float32, bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=True, perform_initialization=False, deterministic_mode=deterministic,
+        # Losses are divided by global counts already: gradients are summed, never averaged.
+        calculate_per_token_loss=True,
+    )  # fmt: skip
+
+
 class Trainer:
     """A recipe's model and optimizer on this rank, a step, and a validation."""
 
     def __init__(self, recipe: Recipe, world: Ranks, fresh: bool = True):
         self.recipe, self.world, self.layout = recipe, world, world.layout
         self.dtype = getattr(torch, recipe.train.dtype)
-        self.config = self._config()
+        hidden, exact = recipe.model.hidden_size, recipe.train.deterministic
+        self.config = config_of(self.layout, hidden, self.dtype, exact)
         self.stage = self._build()
         self.model = self.stage.model
         weights = self._initial(fresh)
@@ -693,32 +745,22 @@ class Trainer:
 
     # ----------------------------------------------------------------------------------------------------------- build
 
-    def _config(self) -> TransformerConfig:
-        """What Megatron-core's layers, schedule and data parallelism ask for; of the model only a width."""
-        layout = self.layout
-        return TransformerConfig(
-            num_layers=layout.pp, hidden_size=self.recipe.model.hidden_size, num_attention_heads=layout.tp,
-            tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
-            context_parallel_size=layout.cp, sequence_parallel=layout.sp, pipeline_dtype=self.dtype,
-            params_dtype=torch.float64 if self.dtype == torch.float64 else torch.float32,
-            bf16=self.dtype == torch.bfloat16, use_cpu_initialization=True, perform_initialization=False,
-            # Losses are divided by global counts already: gradients are summed, never averaged.
-            calculate_per_token_loss=True,
-        )  # fmt: skip
-
     def _build(self) -> Stage:
         recipe = self.recipe
         try:
             formats = number_formats(recipe.model, recipe.precision)
-            layers = Placed(self.world, self.config, vars(recipe.kernels), formats, Numerics(recipe.seed))
+            layers = Placed(
+                self.world, self.config, Groups.of_megatron(), vars(recipe.kernels), formats, Numerics(recipe.seed)
+            )
         except ValueError as error:
             raise UserError(str(error)) from error
         model = HybridLM(recipe.model, device="meta", layers=layers)
+        refuse_idle_rules((name for name, _ in model.named_parameters()), recipe.optim)
         if self.dtype == torch.float64:
             model = model.double()
         model.dtype = self.dtype
         model.head.chunk = recipe.train.loss_chunk
-        model.recompute = recipe.train.recompute == "full"
+        model.recompute = recipe.train.recomputed
         cuts = stages(recipe.model, self.layout, recipe.data.seq_len)
         stage = Stage(model, cuts, parallel_state.get_pipeline_model_parallel_rank())
         for parameter in model.parameters():

@@ -68,6 +68,9 @@ def train(recipe: Recipe) -> Path:
     """Train as the recipe says, or go on with the run that its run_dir holds; the run's directory."""
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
+    if recipe.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     engine = engine_of(recipe)
     with ExitStack() as stack:
         world = engine.start(recipe)
@@ -248,7 +251,7 @@ def build_model(recipe: Recipe, world: World, fresh: bool = True) -> HybridLM:
         model = model.double()
     model.dtype = getattr(torch, recipe.train.dtype)
     model.head.chunk = recipe.train.loss_chunk
-    model.recompute = recipe.train.recompute == "full"
+    model.recompute = recipe.train.recomputed
     model = parallelize(model, world, recipe)
     model.to_empty(device=world.device)
     if recipe.model.tie_word_embeddings:
@@ -305,7 +308,7 @@ def train_step(
     if finite:
         clip_(parameters, norm, recipe.optim.clip_grad)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
         optimizer.step()
         update_router_biases(model, experts)
     optimizer.zero_grad(set_to_none=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from nemo_lite.config import OptimConfig
+from nemo_lite.config import OptimConfig, OptimRule, UserError
 from nemo_lite.parallel.native import is_sharded
 
 NO_DECAY_LEAVES = ("A_log", "D", "dt_bias", "bias")
@@ -18,15 +19,33 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.dim() >= 2 and name.rsplit(".", 1)[-1] not in NO_DECAY_LEAVES
 
 
+def scales(name: str, parameter: Tensor, optim: OptimConfig) -> tuple[float, float]:
+    """What learning rate and weight decay are multiplied by for this parameter."""
+    rule = next((rule for rule in optim.rules if fnmatchcase(name, rule.match)), OptimRule())
+    return rule.lr_scale, rule.weight_decay_scale if decays(name, parameter) else 0.0
+
+
+def refuse_idle_rules(names: Iterable[str], optim: OptimConfig) -> None:
+    """UserError for a rule that matches no parameter."""
+    names = list(names)
+    for i, rule in enumerate(optim.rules):
+        if not any(fnmatchcase(name, rule.match) for name in names):
+            raise UserError(
+                f"optim.rules[{i}].match: {rule.match!r} matches no parameter; names are such as "
+                f"{', '.join(names[:1] + names[len(names) // 2 :][:1] + names[-1:])}"
+            )
+
+
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW in torch's fused form. Sharded and replicated tensors are kept in groups of their own."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    refuse_idle_rules((name for name, _ in model.named_parameters()), optim)
+    groups: dict[tuple, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        groups.setdefault((decays(name, parameter), is_sharded(parameter)), []).append(parameter)
+        groups.setdefault((*scales(name, parameter, optim), is_sharded(parameter)), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": parameters, "weight_decay": optim.weight_decay if decay else 0.0}
-            for (decay, _), parameters in groups.items()
+            {"params": parameters, "lr_scale": lr, "weight_decay": optim.weight_decay * decay}
+            for (lr, decay, _), parameters in groups.items()
         ],
         lr=optim.lr,
         betas=(optim.betas[0], optim.betas[1]),

@@ -171,8 +171,9 @@ def test_the_step_is_the_written_out_definition():
         assert torch.allclose(after[key] - got.bias_before[key], moved, atol=1e-15, rtol=0) and bool(moved.any())
 
 
-def test_recomputation_changes_nothing_and_counts_once():
-    plain, again = step(micro=2), step("train.recompute=full", micro=2)
+@pytest.mark.parametrize("kinds", ["full", "M*", "E"])
+def test_recomputation_changes_nothing_and_counts_once(kinds):
+    plain, again = step(micro=2), step(f"train.recompute={kinds}", micro=2)
     assert again.model.recompute
     for name, gradient in plain.gradients.items():
         assert torch.equal(again.gradients[name], gradient), name

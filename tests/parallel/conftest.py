@@ -1,0 +1,11 @@
+"""A fork server whose children have imported Megatron-core."""
+
+import pytest
+from runs import Forks
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    server = Forks(tmp_path_factory.mktemp("logs"), tmp_path_factory.mktemp("tokens"), "nemo_lite.parallel.megatron")
+    yield server
+    server.close()
