@@ -407,48 +407,79 @@ def _layer_ratios(record: Mapping[str, Any]) -> dict[str, float | None]:
 
 # ------------------------------------------------------------------------------------------------------- number formats
 
+_OPERANDS = ["fprop x", "fprop w", "dgrad w", "dgrad dy", "wgrad dy", "wgrad x"]
+# Key of a record -> heading, the value of the strongest colour, the caption's words.
+_MEASURES = {
+    "flushed": ("flushed to zero, %", 0.4, "Flushed and saturated are shares of the values that are not zero."),
+    "saturated": ("saturated, %", 0.4, "A block's largest value saturates where its scale was rounded down."),
+    "error": ("relative error, %", 0.25, "The relative error is the norm of what rounding changed over that of all."),
+    "scales": ("block scales", 1, "Block scales: the largest on the left, a bar a power of two, 2^-15 and less last."),
+}
+
 
 def _quantisation(run: Run) -> str:
-    """A card with linears down, operands across: what rounding to codes flushed to zero, and how much it changed."""
+    """A card with linears down, operands across: what rounding to codes flushed to zero, saturated and changed, and how
+    far block scales spread."""
     rows = [r for r in run.train if isinstance(r.get("quantisation"), dict) and r["quantisation"]]
     if not rows:
         return ""
     measured, step = rows[-1]["quantisation"], rows[-1]["step"]
     operands = sorted({operand for one in measured.values() for operand in one}, key=_OPERANDS.index)
+    products = [operand.split()[0] for operand in operands]
+    # A wider gap where a measure begins, a narrow one where a product does.
+    gaps = ["measure" if n == 0 else "product" if products[n - 1] != name else "" for n, name in enumerate(products)]
+    columns = list(zip(gaps, operands, strict=True))
 
-    def cell(one: Any, key: str, full: float) -> str:
-        value = _number(one.get(key)) if isinstance(one, dict) else None
-        if value is None:
-            return "<td></td>"
-        strength = round(100 * min(1.0, value / full) ** 0.7)
-        saturated = _number(one.get("saturated")) or 0.0
-        title = f' title="{saturated:.2%} saturated"' if key == "flushed" else ""
-        return f'<td style="background:color-mix(in oklab,var(--over) {strength}%,var(--card))"{title}>{value:.1%}</td>'
+    def has(key: str) -> bool:
+        values = [one.get(key) for linear in measured.values() for one in linear.values()]
+        if key == "scales":  # without blocks, all are in the first bin
+            return any(isinstance(shares, list) and any(shares[1:]) for shares in values)
+        return any(_number(value) is not None for value in values)
 
-    heads = "".join(f'<th scope="col">{escape(operand)}</th>' for operand in operands)
+    def cell(key: str, gap: str, value: Any) -> str:
+        if isinstance(value, list):
+            return f'<td class="{gap}">{_bars(value)}</td>'
+        if (value := _number(value)) is None:
+            return f'<td class="{gap}"></td>'
+        level = min(LEVELS, round(LEVELS * value / _MEASURES[key][1]))
+        return f'<td class="{gap} o{level}">{100 * value:.{0 if value >= 0.0995 else 1}f}</td>'
+
+    keys = [key for key in _MEASURES if has(key)]
+    titles = "".join(
+        f'<th class="measure" colspan="{len(operands)}" scope="colgroup">{_MEASURES[key][0]}</th>' for key in keys
+    )
+    groups = "".join(
+        f'<th class="{gap}" colspan="{products.count(name)}" scope="colgroup">{name}</th>'
+        for gap, name in zip(gaps, products, strict=True)
+        if gap
+    )
+    heads = "".join(f'<th class="{gap}" scope="col">{operand.split()[1]}</th>' for gap, operand in columns)
     body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>'
-        + "".join(cell(one.get(operand), "flushed", 0.4) for operand in operands)
-        + '<td class="gap"></td>'
-        + "".join(cell(one.get(operand), "error", 0.25) for operand in operands)
+        f'<tr><th scope="row">{escape(name).replace(".", ".<wbr>")}</th>'
+        + "".join(cell(key, gap, one.get(operand, {}).get(key)) for key in keys for gap, operand in columns)
         + "</tr>"
         for name, one in measured.items()
     )
-    span = len(operands)
+    said = " ".join(_MEASURES[key][2] for key in keys)
     return (
         f'<section class="card wide"><div class="head"><h2>Number formats</h2></div><div class="scroll formats"><table>'
-        f'<thead><tr><th></th><th colspan="{span}">flushed to zero</th><th></th>'
-        f'<th colspan="{span}">relative error</th></tr>'
-        f'<tr><th scope="col">Linear</th>{heads}<th></th>{heads}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-        f'<p class="caption">At step {step:,.0f}, of the values that are not zero; the relative error is the norm of '
-        f"what rounding changed over the norm of all. fprop reads x and w, dgrad dy, wgrad dy and x along the "
-        f"tokens.</p>"
-        f"</section>"
+        f"<thead><tr><th></th>{titles}</tr><tr><th></th>{groups * len(keys)}</tr>"
+        f'<tr><th scope="col">Linear</th>{heads * len(keys)}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<p class="caption">At step {step:,.0f}. {said} fprop reads x and w; dgrad dy, and w where it does not take '
+        f"fprop's codes; wgrad dy and x along the tokens.</p></section>"
     )
 
 
-_OPERANDS = ["fprop x", "fprop w", "dgrad w", "dgrad dy", "wgrad dy", "wgrad x"]
+def _bars(shares: Sequence[Any]) -> str:
+    """Shares of block scales as bars, from the largest scales on the left to the smallest."""
+    known = [_number(share) or 0.0 for share in shares]
+    top = max(known, default=0.0) or 1.0
+    bars = "".join(f"M{bin} 16v-{16 * share / top:.3g}h1V16z" for bin, share in enumerate(known) if share)
+    said = ", ".join(f"2^{-bin}: {share:.1%}" for bin, share in enumerate(known) if share >= 0.0005)
+    return (
+        f'<svg viewBox="0 0 {len(known)} 16" preserveAspectRatio="none" role="img"><title>{said}</title>'
+        f'<path d="{bars}"/></svg>'
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- page
@@ -935,6 +966,17 @@ th:first-child{text-align:left}
 thead th{color:var(--soft);font-size:12.5px}
 tbody tr:last-child>*{border-bottom:0}
 .best{color:var(--good);background:var(--goodback);border-radius:99px;padding:1px 8px;font-size:12px;margin-left:6px}
+.formats table{border-collapse:separate;border-spacing:0;font-size:12.5px}
+.formats th,.formats td{padding:3px 4px;background:var(--c)}
+.formats thead th{text-align:center}
+.formats thead tr:not(:last-child)>*{border-bottom:0}
+.formats th:first-child{position:sticky;left:0;z-index:1;padding:3px 6px 3px 0;background:var(--card);text-align:left}
+.formats .measure{border-left:12px solid var(--card)}.formats .product{border-left:2px solid var(--card)}
+.formats .o8{color:var(--card)}
+@media(prefers-color-scheme:dark){.formats .o6,.formats .o7{color:var(--card)}}
+.formats svg{display:block;width:34px;height:16px;margin:0 auto;background:var(--grid);shape-rendering:crispEdges}
+.formats svg path{fill:var(--under);stroke:none}
+.formats wbr{display:none}
 table.text th,table.text td{text-align:left;white-space:normal;vertical-align:top;overflow-wrap:anywhere}
 table.text tbody th{color:var(--soft);width:32%}
 .folded{margin:16px 0 40px;display:grid;gap:8px}
@@ -947,7 +989,7 @@ pre{margin:0;overflow-x:auto;font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,C
 .cards{grid-template-columns:minmax(0,1fr);gap:12px}.card{padding:12px 12px 10px}
 .tiles{margin:0 0 12px}.tile{padding:11px 12px;flex:1 1 40%}.tile dd{font-size:21px}
 .frame{grid-template-columns:42px minmax(0,1fr)}.tall .plot svg{height:240px}.plot svg{height:160px}
-.values span{font-size:11px}.values.many{display:none}th,td{padding:5px 6px}
+.values span{font-size:11px}.values.many{display:none}th,td{padding:5px 6px}.formats wbr{display:inline}
 .best{display:inline-block;width:8px;height:8px;padding:0;font-size:0;background:var(--good)}}
 @media print{body{background:#fff}.card,details{break-inside:avoid}}
 """

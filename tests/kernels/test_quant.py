@@ -1,4 +1,4 @@
-"""Number formats against a definition in exact rational arithmetic, against torch's casts, and between backends."""
+"""Number formats against a definition in exact rational arithmetic, torch's casts, torchao, and between backends."""
 
 import functools
 import itertools
@@ -162,6 +162,41 @@ def test_equals_the_definition_in_rational_numbers(format, block, name, x):
             assert all(Fraction(float(q.scales[r, left // wide])) == scale for r in range(top, min(top + high, 18)))
     if tensor_scale is not None:
         assert Fraction(float(q.tensor_scale)) == tensor_scale
+
+
+def ordinary():
+    """Matrices of whole blocks, on which the order of float32 operations decides nothing."""
+    g = torch.Generator().manual_seed(0)
+    normal = torch.randn(64, 512, generator=g)
+    yield "normal", normal
+    yield "bfloat16", normal.bfloat16()
+    yield "wide", normal * torch.empty(64, 512).uniform_(-24, 24, generator=g).exp2()
+    yield "wide rows", normal * torch.empty(64, 1).uniform_(-24, 24, generator=g).exp2()
+    yield "zeros", normal * (torch.arange(512) % 64 < 32) * (torch.rand(64, 512, generator=g) < 0.5)
+    ties = torch.randint(-24, 25, (64, 512), generator=g) / 4
+    ties[:, ::16] = 6  # NVFP4's block scales are 1 here, the tensor's too
+    ties[0, 0] = 2688
+    yield "ties", ties
+
+
+@pytest.mark.parametrize("name,x", list(ordinary()), ids=lambda v: v if isinstance(v, str) else "")
+def test_equals_torchao(name, x):
+    pytest.importorskip("torchao")
+    from torchao.prototype.mx_formats.config import ScaleCalculationMode
+    from torchao.prototype.mx_formats.mx_tensor import to_mx
+    from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor_amax_to_scale
+
+    q = quantize(x, "mxfp8")
+    scales, codes = to_mx(x, torch.float8_e4m3fn, 32, ScaleCalculationMode.RCEIL)
+    assert same(q.codes, codes) and same(q.scales, scales.view(q.scales.shape))
+
+    q = quantize(x, "nvfp4")
+    tensor_scale = per_tensor_amax_to_scale(x.abs().amax())
+    scales, codes = nvfp4_quantize(x, per_tensor_scale=tensor_scale)
+    assert torch.equal(q.tensor_scale, tensor_scale.view(1))
+    normal = q.scales.float() >= 2**-6  # torchao lifts smaller ones to 2^-6; here they are subnormal or zero
+    assert normal.any() and torch.equal(q.scales.float()[normal], scales.view(q.scales.shape).float()[normal])
+    assert torch.equal(q.codes.view(*q.scales.shape, 8)[normal], codes.view(*q.scales.shape, 8)[normal])
 
 
 # ------------------------------------------------------------------------------------------------------------ elements

@@ -12,7 +12,7 @@ from nemo_lite.config import UserError
 from nemo_lite.train import report
 from nemo_lite.train.metrics import load_summary
 
-VOID = {"meta", "br", "hr", "img", "input", "link"}
+VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
 
 
 class Checker(HTMLParser):
@@ -196,6 +196,36 @@ def test_a_long_run_stays_small_and_keeps_its_spike(tmp_path):
     assert len(html) < 400_000 and "of 1000 validations shown" in html
     points = report.thin([(x, 9.0 if x == 3210 else 0.0) for x in range(5000)])
     assert len(points) <= report.MAX_POINTS + 2 and (3210, 9.0) in points and points[-1][0] == 4999
+
+
+def quantised(**values):
+    """A record's change that adds what was measured of two operands of one linear, one of another."""
+    one = {"flushed": 0.25, "saturated": 0.034, "error": 0.112, "scales": [0.25, 0.5, *[0.0] * 13, 0.25]} | values
+    alone = one | {"scales": [1.0, *[0.0] * 15]}
+    measured = {"layers.0.<a>": {"fprop x": one, "wgrad dy": alone}, "layers.0.b": {"fprop x": alone}}
+    return lambda _, record: record.update(quantisation=measured)
+
+
+def test_number_formats(tmp_path):
+    html, text = check(report.write_report(make(tmp_path / "r", change=quantised())))
+    head, body = html.split('<div class="scroll formats">')[1].split("</tbody>")[0].split("<tbody>")
+    titles, products, names = (re.findall(r'scope="col\w*">([^<]*)', row) for row in head.split("</tr>")[:3])
+    assert titles == ["flushed to zero, %", "saturated, %", "relative error, %", "block scales"]
+    assert products == ["fprop", "wgrad"] * 4 and names == ["Linear", *["x", "dy"] * 4]
+    first, second = (re.findall(r"<td[^>]*>(.*?)</td>", row) for row in body.split("</tr>")[:2])
+    assert "layers.<wbr>0.<wbr>&lt;a&gt;" in body
+    assert first[:6] == ["25", "25", "3.4", "3.4", "11", "11"] and second[:6] == ["25", "", "3.4", "", "11", ""]
+    assert "<title>2^0: 25.0%, 2^-1: 50.0%, 2^-15: 25.0%</title>" in first[6]
+    assert 'd="M0 16v-8h1V16zM1 16v-16h1V16zM15 16v-8h1V16z"' in first[6]
+    assert "<title>2^0: 100.0%</title>" in first[7] and "<title>2^0: 100.0%</title>" in second[6] and second[7] == ""
+    assert "At step 600. Flushed and saturated are" in text and "Block scales: the largest on the left" in text
+
+
+def test_number_formats_shows_only_what_is_there(tmp_path):
+    without = quantised(error=None, scales=[1.0, *[0.0] * 15])
+    _, text = check(report.write_report(make(tmp_path / "r", change=without)))
+    assert "flushed to zero" in text and "saturated, %" in text
+    assert "relative error" not in text and "lock scales" not in text
 
 
 def test_torn_lines_are_counted(tmp_path):
