@@ -11,10 +11,11 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints/cpu.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test load check sanitize bench clean
+.PHONY: help setup demo test megatron load check sanitize bench clean
 help:
 	@echo "make demo    train a small hybrid on this machine, export it, complete text (about 10 minutes)"
 	@echo "make test    the tests"
+	@echo "make megatron  the megatron engine under every layout, on up to eight processes (about 6 minutes)"
 	@echo "make load    10,000 requests against a server, some of them broken off or malformed (about 2 minutes)"
 	@echo "make check   ruff and pyright"
 	@echo "make sanitize  the CPU kernels' tests with memory errors and undefined behaviour caught (about 5 minutes)"
@@ -39,8 +40,12 @@ demo: $(STAMP)
 
 # One torch thread a process; files are shared out over two processes.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not load and not alone"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not load and not alone and not megatron"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m alone tests/serving/test_client.py
+
+# Eight processes at once, so no two tests at a time.
+megatron: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations 5 -m megatron tests/parallel
 
 load: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m load tests/serving

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("megatron.core")
+pytestmark = pytest.mark.megatron
 
 # Ranks, and keys of `parallel`; what is not said is data parallel.
 CASES = [
