@@ -102,7 +102,8 @@ def parameter_counts(config: ModelConfig) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------- FLOPs
 
 
-def _layer_flops(config: ModelConfig, kind: str, seq_len: int) -> int:
+def layer_flops(config: ModelConfig, kind: str, seq_len: int) -> int:
+    """FLOPs of one token in one layer, forward, in a row of ``seq_len``; see the top."""
     flops = 2 * layer_parameters(config, kind)["matmul"]
     if kind == "M":
         H, P, N, G = config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size, config.n_groups
@@ -120,14 +121,14 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> dict[str, Any]:
     ``forward`` is the trunk and its head; ``train`` is 3 x (forward + all MTP runs).
     """
     parts = {
-        KINDS[kind]: config.layers.count(kind) * _layer_flops(config, kind, seq_len)
+        KINDS[kind]: config.layers.count(kind) * layer_flops(config, kind, seq_len)
         for kind in KINDS
         if kind in config.layers
     }
     parts["head"] = head = 2 * config.vocab_size * config.hidden_size
     forward, mtp = sum(parts.values()), 0
     if config.mtp_layers:
-        block = sum(_layer_flops(config, kind, seq_len) for kind in config.mtp_layers)
+        block = sum(layer_flops(config, kind, seq_len) for kind in config.mtp_layers)
         mtp = config.mtp.depth * (4 * config.hidden_size**2 + block + head)
     return {"parts": parts, "forward": forward, "mtp": mtp, "train": 3 * (forward + mtp)}
 
