@@ -283,7 +283,7 @@ class _Stage:
     def __init__(self, model: _Model, layers: range, first: bool, last: bool):
         self.m, self.layers, self.first, self.last = model, layers, first, last
         config, layout = model.config, model.layout
-        self.letters = Counter(config.layers[i] for i in layers)
+        self.letters = Counter(config.layers[layers.start : layers.stop])
         self.mtp = Counter(config.mtp_layers) if last else Counter()
         self.pieces = Counter(piece for i in layers for piece in model.pieces[i])
         self.tail = [piece for piece in model.pieces[None] if last]  # head and MTP
@@ -708,11 +708,11 @@ def main(argv: list[str]) -> int:
             limit,
         )
     if found[0].total_memory > limit:
+        helps = ["more GPUs"]
+        helps += ["train.recompute=full"] if recipe.train.recompute != "full" else []
+        helps += ["a smaller train.micro_batch_size"] if recipe.train.micro_batch_size > 1 else []
         raise UserError(
             f"no legal layout fits into {limit / GIB:.1f} GiB; the closest, above, needs "
-            f"{found[0].total_memory / GIB:.1f}; more GPUs"
-            + ("" if recipe.train.recompute == "full" else ", train.recompute=full")
-            + ("" if recipe.train.micro_batch_size == 1 else ", a smaller train.micro_batch_size")
-            + " would help"
+            f"{found[0].total_memory / GIB:.1f}; {' or '.join(helps)} would help"
         )
     return 0

@@ -143,7 +143,7 @@ def test_links_of_a_group():
     assert GPUS["GB200"].island == 64 and GPUS["B200"].island == 8
 
 
-# ------------------------------------------------------------------------------------------------------- time and memory
+# ------------------------------------------------------------------------------------------------------ time and memory
 
 
 def test_the_parts_of_a_step_add_up():
@@ -255,6 +255,7 @@ def test_nothing_fits(capsys):
     )
     assert code == 1 and out.startswith("0 of ")
     assert err.startswith("nemo-lite: error: no legal layout fits into 20.0 GiB; the closest, above, needs ")
+    assert err.endswith("; more GPUs would help\n")
 
 
 @pytest.mark.parametrize(
