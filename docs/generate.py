@@ -1,5 +1,5 @@
-"""Write what is generated: docs/recipes.md from the recipe's dataclasses, docs/results.md and the README's numbers from
-the JSON files in benchmarks/results.
+"""Write what is generated: docs/recipes.md from the recipe's dataclasses, docs/results.md, the README's numbers and
+those of docs/parallelism.md from the JSON files in benchmarks/results.
 
     python docs/generate.py            # write them
     python docs/generate.py --check    # exit 1 and name the files that are not current; a test does the same
@@ -60,7 +60,7 @@ def recipes_page() -> str:
     lines += header
     for key in recipe_keys():
         section = key.path.split(".")[0] if "." in key.path else None
-        if section != current:
+        if section is not None and section != current:
             current = section
             lines += ["", f"## {section}: {sections[section]}", "", *header]
         cells = [f"`{key.path}`", key.type, f"`{key.default}`", key.unit, key.bounds, key.doc]
@@ -447,22 +447,76 @@ def _engine_table(rows: list[dict[str, Any]]) -> list[str]:
     return _table(header, body)
 
 
+def planning(folder: Path) -> str:
+    """How far the planner is from published runs, and FLOPs of a token by convention, from plan.json."""
+    found = _read(folder, "plan.json")
+    if not found:
+        return f"{NOT_MEASURED} `python benchmarks/plan.py` does it."
+    each, notes = found[0], []
+    header = [
+        "model", "system", "format", "GPUs", "rows", "layout", "published tok/s", "predicted", "error",
+        "one out", "system out", "five only", "source",
+    ]  # fmt: skip
+    body = []
+    for row in each["rows"]:
+        layout, errors, mark = row["layout"], row["error"], ""
+        words = [f"{name} {layout[name]}" for name in ("tp", "pp", "ep", "cp") if layout[name] > 1]
+        if row["note"]:
+            notes.append(f"({len(notes) + 1}) {row['note']}")
+            mark = f" ({len(notes)})"
+        body.append(
+            [
+                row["model"] + (" *" if row["anchor"] else ""), row["gpu"], row["precision"], str(row["gpus"]),
+                f"{row['batch']} by {row['micro']} x {row['seq_len']}", ", ".join(words), _number(row["tokens"]),
+                _number(row["predicted"]),
+                *(f"{errors[way]:+.0%}" for way in ("fitted", "left_out", "elsewhere", "anchors")),
+                row["source"] + mark,
+            ]
+        )  # fmt: skip
+
+    def worst(name: str) -> str:
+        sizes = [abs(row["error"][name]) for row in each["rows"]]
+        return f"{max(sizes):.0%} at most, {sum(sizes) / len(sizes):.0%} on average"
+
+    unseen = [abs(row["error"]["anchors"]) for row in each["rows"] if not row["anchor"]]
+    constants = [
+        [name, *(f"{each[fit][name]:.1%}" for fit in ("efficiency", "anchors"))] for name in each["efficiency"]
+    ]
+    lines = [
+        f"`{each['command']}`", "",
+        *_table(["share of the data sheet's figure", "fitted to", "all runs", "the five"],
+                [[name, "", *values] for name, *values in constants]), "",
+        f"Errors: {worst('fitted')} where all runs are fitted; {worst('left_out')} with the run left out; "
+        f"{worst('elsewhere')} with all of the model's runs on the system left out; from the five "
+        f"runs marked *, {max(unseen):.0%} at most and {sum(unseen) / len(unseen):.0%} on average on "
+        f"the {len(unseen)} others, {sum(error > 0.25 for error in unseen)} of them above 25 %.", "",
+        *_table(header, body), "",
+        *(f"{note}." + ("  " if note is not notes[-1] else "") for note in notes), "",
+    ]  # fmt: skip
+    for row in each["rows"]:
+        if row["gib"]:
+            lines += [
+                f"Memory: {row['predicted_gib']:.0f} GiB predicted for {row['model']} on {row['gpu']} in "
+                f"{row['precision']}, {row['gib']:.0f} GiB allocated at most in the published run.", "",
+            ]  # fmt: skip
+    models = list(each["flops"])
+    ways = [[way, "", *(f"{each['flops'][model][way]:.2f}" for model in models)] for way in each["flops"][models[0]]]
+    return "\n".join([*lines, *_table(["training GFLOPs of a token, rows of 8,192", "", *models], ways)])
+
+
+def between(text: str, begin: str, end: str, block: str) -> str:
+    """``text`` with a current block between two marks."""
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{block}\n\n{end}{after}"
+
+
 def readme(text: str, folder: Path = RESULTS) -> str:
     """README's text with a current block of numbers."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{numbers(folder)}\n\n{END}{after}"
+    return between(text, BEGIN, END, numbers(folder))
 
 
 # ---------------------------------------------------------------------------------------------------------- parallelism
-
-
-def _between(text: str, name: str, lines: list[str]) -> str:
-    """`text` with what stands between <!-- name --> and <!-- /name --> replaced."""
-    before, _, rest = text.partition(f"<!-- {name} -->")
-    _, _, after = rest.partition(f"<!-- /{name} -->")
-    block = "\n".join(lines)
-    return f"{before}<!-- {name} -->\n\n{block}\n\n<!-- /{name} -->{after}"
 
 
 def layout_table(tp: int = 4, ep: int = 16) -> list[str]:
@@ -502,14 +556,16 @@ def layout_table(tp: int = 4, ep: int = 16) -> list[str]:
     return _table(["weight", "whole", f"on a rank of tp {tp}, ep {ep}", "cut"], list(rows.values()))
 
 
-def parallelism_page() -> str:
+def parallelism_page(folder: Path) -> str:
     """docs/parallelism.md with its tables current."""
     from nemo_lite.parallel.megatron_cpu import MODULES
 
     text = (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8")
     modules = [[f"`megatron.core.{name}`", why] for name, why in MODULES.items()]
-    text = _between(text, "layout", layout_table())
-    return _between(text, "stand-ins", _table(["module", "what it asks for"], modules))
+    blocks = {"layout": layout_table(), "stand-ins": _table(["module", "what it asks for"], modules)}
+    for name, lines in blocks.items():
+        text = between(text, f"<!-- {name} -->", f"<!-- /{name} -->", "\n".join(lines))
+    return between(text, "<!-- plan -->", "<!-- /plan -->", planning(folder))
 
 
 def pages(folder: Path = RESULTS) -> dict[Path, str]:
@@ -517,7 +573,7 @@ def pages(folder: Path = RESULTS) -> dict[Path, str]:
     return {
         ROOT / "docs" / "recipes.md": recipes_page(),
         ROOT / "docs" / "results.md": results_page(folder),
-        ROOT / "docs" / "parallelism.md": parallelism_page(),
+        ROOT / "docs" / "parallelism.md": parallelism_page(folder),
         ROOT / "README.md": readme((ROOT / "README.md").read_text(encoding="utf-8"), folder),
     }
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 COMMANDS = {
     "train": ("nemo_lite.train.__main__:main", "train a recipe; an existing run resumes"),
     "check": ("nemo_lite.check:main", "resolve a recipe; count parameters, FLOPs and memory"),
+    "plan": ("nemo_lite.plan:main", "layouts of a recipe on N GPUs, the fastest first, by a cost model"),
     "export": ("nemo_lite.export:main", "write a run or checkpoint as a Hugging Face MODEL_DIR"),
     "evaluate": ("nemo_lite.evaluate:main", "bits per byte, expert load and MTP acceptance on held-out text"),
     "generate": ("nemo_lite.generate:main", "complete text with a MODEL_DIR"),

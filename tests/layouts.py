@@ -22,7 +22,7 @@ from nemo_lite.parallel.native import World
 from nemo_lite.train import loop
 from nemo_lite.train.checkpoint import Checkpointer, checkpoints
 
-ROWS, LENGTH, MICRO, RATE = 8, 32, 1, 1e-2
+ROWS, LENGTH, MICRO, RATE = 8, 32, 2, 1e-2
 ALONE = World(0, 1, torch.device("cpu"))
 PARALLEL = {"tp", "pp", "ep", "cp", "sp", "distributed_optimizer"}
 

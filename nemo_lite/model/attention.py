@@ -19,11 +19,11 @@ class Attention(nn.Module):
         self.k_proj = layers.column_linear(f"{name}.k_proj", config.hidden_size, kv)
         self.v_proj = layers.column_linear(f"{name}.v_proj", config.hidden_size, kv)
         self.o_proj = layers.row_linear(f"{name}.o_proj", q[0] * q[1], config.hidden_size)
-        self.ops = layers.ops
+        self.ops, self.together = layers.ops, layers.together
 
     def forward(self, x_TH: Tensor, ctx: Context, index: int = 0) -> tuple[Tensor, None]:
         q_TAD, k_TKD, v_TKD = (
-            proj(x_TH).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            y.unflatten(-1, (-1, self.head_dim)) for y in self.together(x_TH, self.q_proj, self.k_proj, self.v_proj)
         )
         y_TAD = ctx.over_parts(lambda part, q, k, v: self._attend(part, q, k, v, index), q_TAD, k_TKD, v_TKD)
         return self.o_proj(y_TAD.flatten(1)), None

@@ -277,11 +277,11 @@ class HybridLM(nn.Module):
         for name, stat in [*stats, *mtp_stats]:
             out.expert_counts[name] = out.expert_counts.get(name, 0) + stat.counts_E
         if normalizers is not None:
-            self._loss(out, tokens.labels, normalizers)
-            aux = out.loss.new_zeros(()) + self.auxiliary_loss(stats, normalizers)
+            loss = self._loss(out, tokens.labels, normalizers)
+            aux = loss.new_zeros(()) + self.auxiliary_loss(stats, normalizers)
             if mtp_stats:  # the mean over depths, as for the MTP loss
                 aux = aux + self.auxiliary_loss(mtp_stats, normalizers) / tokens.depth
-            out.loss, out.aux_loss = out.loss + aux, aux.detach()
+            out.loss, out.aux_loss = loss + aux, aux.detach()
         return out
 
     def _output(self, hidden_TH: Tensor, ctx: Context, cache: HybridCache | None = None) -> HybridOutput:
@@ -341,7 +341,8 @@ class HybridLM(nn.Module):
             stats += depth_stats
         return hiddens, stats
 
-    def _loss(self, out: HybridOutput, labels: list[Tensor], normalizers: Normalizers) -> None:
+    def _loss(self, out: HybridOutput, labels: list[Tensor], normalizers: Normalizers) -> Tensor:
+        """Cross-entropies, weighted and summed; those of each head into `out`."""
         depth, labels_T = len(out.mtp_hidden), torch.stack(labels).flatten()
         scales = [1.0] + [self.config.mtp.loss_weight / max(depth, 1)] * depth
         hiddens = [out.hidden, *out.mtp_hidden]
@@ -349,9 +350,10 @@ class HybridLM(nn.Module):
         dtype = torch.promote_types(out.hidden.dtype, torch.float32)
         per_token = torch.tensor([s / n for s, n in zip(scales, counts)], dtype=dtype, device=labels_T.device)
         weights_T = per_token.repeat_interleave(labels[0].numel())
-        out.loss, nll_T = self.head.loss(torch.cat([h.flatten(0, 1) for h in hiddens]), labels_T, weights_T)
+        loss, nll_T = self.head.loss(torch.cat([h.flatten(0, 1) for h in hiddens]), labels_T, weights_T)
         sums = nll_T.view(depth + 1, -1).sum(-1)
         out.losses = sums / sums.new_tensor(counts)
+        return loss
 
     def auxiliary_loss(self, stats: list, normalizers: Normalizers):
         """That of the routers of (name, RouterStats), summed, times its coefficient; 0 without routers."""

@@ -167,6 +167,10 @@ class Layers:
         """A linear whose inputs are split over ranks; its output is summed over them."""
         return self.linear(name, n_in, n_out)
 
+    def together(self, x: Tensor, *columns: nn.Module) -> list[Tensor]:
+        """What several column linears make of the same x."""
+        return [column(x) for column in columns]
+
     def embedding(self, name: str, vocab_size: int, hidden_size: int) -> nn.Module:
         return Embedding(vocab_size, hidden_size)
 

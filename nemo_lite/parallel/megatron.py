@@ -37,6 +37,7 @@ with warnings.catch_warnings():
     from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, mappings
+    from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
     from megatron.core.transformer import TransformerConfig
 
 from nemo_lite.config import Recipe, UserError
@@ -162,6 +163,23 @@ class Placed(whole.Layers):
         self.part(module.weight, segments)
         return module
 
+    def together(self, x: Tensor, *columns: nn.Module) -> list[Tensor]:
+        """As one product, so that tokens are gathered and gradients summed once."""
+        if any(column.matmul is not None for column in columns):
+            x = self.enter(x)
+            return [nn.functional.linear(x, c.weight) if c.matmul is None else c.matmul(x, c.weight) for c in columns]
+        weights = [column.weight for column in columns]
+        y = linear_with_grad_accumulation_and_async_allreduce(
+            x, torch.cat(weights), None, False, self.ranks > 1 and not self.sp, self.sp, tp_group=self.tp
+        )
+        return list(y.split([len(weight) for weight in weights], -1))
+
+    def enter(self, x: Tensor) -> Tensor:
+        """All tokens, for products that every rank does a part of."""
+        if self.sp:
+            return mappings.gather_from_sequence_parallel_region(x, group=self.tp)
+        return mappings.copy_to_tensor_model_parallel_region(x, group=self.tp)
+
     def row_linear(self, name: str, n_in: int, n_out: int) -> nn.Module:
         module = Row(self, name, n_in, n_out)
         self.part(module.weight, [(self.ranks, n_in // self.ranks)], 1)
@@ -248,15 +266,12 @@ class Column(ColumnParallelLinear):
             n_in, rows * layers.ranks, config=layers.config, init_method=_nothing, bias=False, tp_group=layers.tp
         )
         self.matmul = layers.matmul_for(name, n_in, rows) if name in layers.emulated else None
+        self.enter = layers.enter
 
     def forward(self, x: Tensor) -> Tensor:
         if self.matmul is None:
             return super().forward(x)[0]
-        if self.sequence_parallel:
-            x = mappings.gather_from_sequence_parallel_region(x, group=self.tp_group)
-        else:
-            x = mappings.copy_to_tensor_model_parallel_region(x, group=self.tp_group)
-        return self.matmul(x, self.weight)
+        return self.matmul(self.enter(x), self.weight)
 
 
 class Row(RowParallelLinear):

@@ -4,7 +4,7 @@ A row is cut into 2 cp pieces and rank r holds pieces r and 2 cp - 1 - r, so tha
 every rank; its tokens are those of one piece after the other. What crosses a cut, per layer:
 
     attention   keys and values of the whole row, gathered
-    convolution the last W - 1 inputs of every piece, gathered
+    convolution the last W - 1 inputs of the piece before
     scan        each piece starts from the state that the pieces before it leave. With h_0 the state it is given,
                 y_t = y_t(h_0 = 0) + C_t exp(sum_{s <= t} dt_s A) h_0, so a piece is scanned once, from nothing, and
                 what it was given is added after; states go from piece to piece along the ranks and back
@@ -120,11 +120,7 @@ class Rows:
         if reset_BL is not None:  # a document that starts in a tail leaves nothing of the one before
             starts = reset_BL.unflatten(1, (2, -1))[:, :, x.shape[2] - width :].long()
             tails = tails * (starts.flip(2).cumsum(2).flip(2) == starts)[..., None]
-        tails = self.gather(tails)
-        before = [
-            tails[piece - 1] if piece else torch.zeros_like(tails[0]) for piece in pieces_of(self.rank, self.ranks)
-        ]
-        window = torch.stack(before, 1).flatten(0, 1)
+        window = _Before.apply(tails.transpose(0, 1).contiguous(), self.group).transpose(0, 1).flatten(0, 1)
         reset = None if reset_BL is None else reset_BL.unflatten(1, (2, -1)).flatten(0, 1)
         y = self.ops.causal_conv(x.flatten(0, 1), weight_CW, bias_C, reset, window)
         return y.unflatten(0, (B, 2)).flatten(1, 2)
@@ -146,6 +142,45 @@ class Rows:
         added = torch.einsum("blgn,bghpn->blghp", c.to(h_BGHPN.dtype), h_BGHPN).flatten(2, 3) * decay_BLH[..., None]
         y = (y + added).to(x.dtype)
         return y.unflatten(0, (B, 2)).flatten(1, 2), None
+
+
+class _Before(torch.autograd.Function):
+    """What the pieces before those here hold, [2, ...]; nought before a row's first."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        rank, ranks = group.rank(), group.size()
+        ctx.group = group
+        before = torch.zeros_like(x)
+        up = (x[0], rank + 1), (before[0], rank - 1)  # pieces 0 .. cp - 1 lie on ascending ranks
+        down = (x[1], rank - 1), (before[1], rank + 1)  # the others on descending ones
+        _exchange([up, down], group)
+        if rank == ranks - 1:
+            before[1] = x[0]
+        return before
+
+    @staticmethod
+    def backward(ctx, dbefore):
+        rank, ranks = ctx.group.rank(), ctx.group.size()
+        dbefore = dbefore.contiguous()
+        dx = torch.zeros_like(dbefore)
+        up = (dbefore[0], rank - 1), (dx[0], rank + 1)
+        down = (dbefore[1], rank + 1), (dx[1], rank - 1)
+        _exchange([up, down], ctx.group)
+        if rank == ranks - 1:
+            dx[0] = dbefore[1]
+        return dx, None
+
+
+def _exchange(pairs: list[tuple], group: Any) -> None:
+    """For each ((what is sent, to), (what is received, from)); ranks outside the group are left out."""
+    ops = []
+    for (x, to), (y, source) in pairs:
+        for op, tensor, other in ((dist.isend, x, to), (dist.irecv, y, source)):
+            if 0 <= other < group.size():
+                ops.append(dist.P2POp(op, tensor, group=group, group_peer=other))
+    for work in dist.batch_isend_irecv(ops) if ops else []:
+        work.wait()
 
 
 class _Chain(torch.autograd.Function):

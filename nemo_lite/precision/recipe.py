@@ -71,11 +71,14 @@ class Gemms:
 class Part:
     """A linear, or a layer's routed experts: its weights, those one token multiplies with, and how often it does.
 
-    layer   its place in the trunk; None in the MTP block and for what is in no layer
-    fixed   the format that no rule changes, or None
+    n_in, n_out   sizes of a linear, or of an expert's first product (its second has them the other way round)
+    layer         its place in the trunk; None in the MTP block and for what is in no layer
+    fixed         the format that no rule changes, or None
     """
 
     name: str
+    n_in: int
+    n_out: int
     weights: int
     used: int
     runs: int = 1
@@ -88,7 +91,7 @@ def parts(config: ModelConfig) -> Iterator[Part]:
     H = config.hidden_size
 
     def linear(name: str, n_in: int, n_out: int, runs: int, layer: int | None, fixed=None) -> Part:
-        return Part(name, n_in * n_out, n_in * n_out, runs, layer, fixed)
+        return Part(name, n_in, n_out, n_in * n_out, n_in * n_out, runs, layer, fixed)
 
     def mixer(letter: str, name: str, runs: int, layer: int | None) -> Iterator[Part]:
         if letter == "M":
@@ -106,11 +109,12 @@ def parts(config: ModelConfig) -> Iterator[Part]:
             yield linear(f"{name}.down_proj", config.intermediate_size, H, runs, layer)
         else:
             yield linear(f"{name}.gate", H, config.n_routed_experts, runs, layer, "fp32")
-            one = 2 * config.expert_size * config.moe_intermediate_size
+            n_in, n_out = config.expert_size, config.moe_intermediate_size
+            one = 2 * n_in * n_out
             count, chosen = config.n_routed_experts, config.num_experts_per_tok
             if config.moe_latent_size:
                 yield linear(f"{name}.fc1_latent_proj", H, config.moe_latent_size, runs, layer)
-            yield Part(f"{name}.experts", count * one, chosen * one, runs, layer)
+            yield Part(f"{name}.experts", n_in, n_out, count * one, chosen * one, runs, layer)
             if config.moe_latent_size:
                 yield linear(f"{name}.fc2_latent_proj", config.moe_latent_size, H, runs, layer)
             if config.n_shared_experts:
