@@ -475,10 +475,10 @@ def planning(folder: Path) -> str:
         )  # fmt: skip
 
     def worst(name: str) -> str:
-        sizes = [abs(row["error"][name]) for row in each["rows"]]
+        sizes = [abs(row["error"][name]) for row in each["rows"] if row["balanced"]]
         return f"{max(sizes):.0%} at most, {sum(sizes) / len(sizes):.0%} on average"
 
-    unseen = [abs(row["error"]["anchors"]) for row in each["rows"] if not row["anchor"]]
+    unseen = [abs(row["error"]["anchors"]) for row in each["rows"] if row["balanced"] and not row["anchor"]]
     constants = [
         [name, *(f"{each[fit][name]:.1%}" for fit in ("efficiency", "anchors"))] for name in each["efficiency"]
     ]

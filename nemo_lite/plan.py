@@ -102,7 +102,7 @@ class Efficiency:
 
 
 # Fitted by `python benchmarks/plan.py`, which writes benchmarks/results/plan.json; a test compares the two.
-EFFICIENCY = Efficiency(products=0.8, memory=0.32, nvlink=0.265, network=0.605)
+EFFICIENCY = Efficiency(products=0.8, memory=0.325, nvlink=0.275, network=0.595)
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp8": 1, "fp8_block": 1 + 4 / 128, "mxfp8": 1 + 1 / 32, "nvfp4": 1 / 2 + 1 / 16}
 # How often what is quantised is read: formats with a scale of the whole tensor read it once more for its maximum.
