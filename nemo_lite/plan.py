@@ -386,7 +386,8 @@ class _Stage:
                     # Two pieces a rank: their halo and state go on, one piece after the other, and gradients back.
                     one = m.rows * (heads * P * N * FP32 + (config.conv_kernel - 1) * channels * BF16)
                     sent, seconds = links.neighbour("cp", one)
-                    chain = count * 2 * sent, count * 2 * (layout.cp - 1) * seconds
+                    sends = min(2, layout.cp - 1)  # the ranks at the ends have one neighbour
+                    chain = count * sends * sent, count * 2 * (layout.cp - 1) * seconds
                     cost.send("cp", chain, chain)
             elif kind == "*":
                 q, kv = config.num_attention_heads / tp, max(config.num_key_value_heads / tp, 1)

@@ -37,6 +37,7 @@ def recipe_for(engine: str, options: dict[str, Any]) -> Recipe:
         mamba_head_dim=4, num_attention_heads=8, head_dim=4, router_aux_loss_coef=1e-2, router_bias_update_rate=1e-2,
         tie_word_embeddings=options.get("tied", False),
     )  # fmt: skip
+    made.model.moe_latent_size = options.get("latent", 16)
     made.parallel.engine = engine  # type: ignore[assignment]
     if engine == "megatron":
         for name in PARALLEL & set(options):

@@ -192,7 +192,7 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, final, decay, group):
         rank, ranks = group.rank(), group.size()
-        given = torch.zeros_like(final)
+        given = final.new_zeros(final.shape)  # what is received lies in one stretch of memory
         if rank:
             _receive(given[0], rank - 1, group)
         left = _after(given[0], decay[0], final[0])
