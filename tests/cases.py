@@ -5,7 +5,9 @@ A rank case is a function of a recipe's path, overrides and an output file; rank
 
 import errno
 import os
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,14 +42,23 @@ def slow_saving(seconds: str) -> None:
     checkpoints._sync = slow
 
 
+def before_steps(do: Callable[[], None]) -> None:
+    """Do something before every step of either engine."""
+
+    def after(step: Callable) -> Callable:
+        def both(*args, **options):
+            do()
+            return step(*args, **options)
+
+        return both
+
+    loop.train_step = after(loop.train_step)
+    if (megatron := sys.modules.get("nemo_lite.parallel.megatron")) is not None:
+        megatron.Trainer.step = after(megatron.Trainer.step)
+
+
 def slow_steps(seconds: str) -> None:
-    step = loop.train_step
-
-    def slow(*args, **options):
-        time.sleep(float(seconds))
-        return step(*args, **options)
-
-    loop.train_step = slow
+    before_steps(lambda: time.sleep(float(seconds)))
 
 
 def full_disk(step: str, rank: str) -> None:
@@ -94,17 +105,16 @@ def poisoned_gradients(*steps: str) -> None:
 
 def die_at(step: str, rank: str, once: str) -> None:
     """kill -9 itself in the middle of a step, the first time only (`once` names a file that remembers)."""
-    train_step, count = loop.train_step, 0
+    count = 0
 
-    def dying(*args, **options):
+    def die() -> None:
         nonlocal count
         count += 1
         if count == int(step) and os.environ["RANK"] == rank and not os.path.exists(once):
             open(once, "w").close()
             os.kill(os.getpid(), 9)
-        return train_step(*args, **options)
 
-    loop.train_step = dying
+    before_steps(die)
 
 
 # ------------------------------------------------------------------------------------------------------------- ranks

@@ -712,13 +712,13 @@ class Optimizer:
 
     # ------------------------------------------------------------------------------------------------------ checkpoint
 
-    def state_pieces(self) -> dict[str, Any]:
+    def state_pieces(self, writing: bool) -> dict[str, Any]:
         """Masters and moments under the native engine's names, as rectangles of whole tensors, in place: what a
-        checkpoint writes, and reads into before `spread`."""
+        checkpoint writes, or reads into before `spread`. Another stage's copies are read, not written."""
         model: dict[str, Any] = dict(self.stage.model.named_buffers())
         optim: dict[str, Any] = {}
         for master in self.masters:
-            if master.name in self.copied:
+            if writing and master.name in self.copied:
                 continue
             model[master.name] = master.pieces(master.flat)
             for key in ("exp_avg", "exp_avg_sq"):

@@ -168,6 +168,22 @@ class SavePlanner(DefaultSavePlanner):
 
 
 class LoadPlanner(DefaultLoadPlanner):
+    def set_up_planner(self, state_dict: dict[str, Any], metadata: Any = None, is_coordinator: bool = False) -> None:
+        # torch's looks for what it could allocate, and puts None where it finds something else.
+        apart = {
+            f"{section}.{name}": value
+            for section, found in state_dict.items()
+            for name, value in found.items()
+            if isinstance(value, Pieces)
+        }
+        if apart:
+            state_dict = {
+                section: {name: value for name, value in found.items() if f"{section}.{name}" not in apart}
+                for section, found in state_dict.items()
+            }
+        super().set_up_planner(state_dict, metadata, is_coordinator)
+        self.state_dict.update(apart)
+
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         found = self.state_dict.get(index.fqn)
         return found.at(index) if isinstance(found, Pieces) else super().lookup_tensor(index)

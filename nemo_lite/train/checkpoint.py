@@ -155,7 +155,7 @@ class Checkpointer:
             for stale in self.folder.glob("*.partial"):
                 shutil.rmtree(stale, ignore_errors=True)
         self.world.barrier()
-        state = _copy(_state(model, optimizer)[0])
+        state = _copy(_state(model, optimizer, writing=True)[0])
         self.running = self.worker.submit(self._write, step, state, loop_state, _rng_state())
         self.last_saved = step
         if not self.config.asynchronous:
@@ -265,11 +265,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _state(model: nn.Module, optimizer: Any) -> tuple[dict[str, Any], Callable[[], None]]:
+def _state(model: nn.Module, optimizer: Any, writing: bool) -> tuple[dict[str, Any], Callable[[], None]]:
     """Weights and optimizer states as they lie here, by names that all engines share; and what puts them in place once
     a checkpoint has been read into them."""
     if hasattr(optimizer, "state_pieces"):
-        return optimizer.state_pieces(), optimizer.spread
+        return optimizer.state_pieces(writing), optimizer.spread
     weights = get_model_state_dict(model)  # first: it puts back the shards of what a validation left gathered
     if optimizer is None:
         return {"model": weights}, lambda: model.load_state_dict(weights) and None
@@ -288,7 +288,7 @@ def _state(model: nn.Module, optimizer: Any) -> tuple[dict[str, Any], Callable[[
 
 def load_tensors(folder: Path, model: nn.Module, optimizer: Any, world: World | None) -> None:
     """Fill model (and optimizer) from a checkpoint, whatever engine and number of ranks wrote it."""
-    state, put = _state(model, optimizer)
+    state, put = _state(model, optimizer, writing=False)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)

@@ -1,11 +1,18 @@
 """The megatron engine equals the native one: losses, gradients, weights and expert choices under every layout."""
 
 import functools
+import signal
+import time
 from pathlib import Path
 
 import layouts
 import pytest
 import torch
+from runs import losses, wait_for
+
+from nemo_lite import plan
+from nemo_lite.parallel.layout import layout_of
+from nemo_lite.train.checkpoint import newest_whole
 
 pytest.importorskip("megatron.core")
 pytestmark = pytest.mark.megatron
@@ -155,3 +162,100 @@ def test_bfloat16_keeps_its_masters(ranks, tmp_path):
     torch.save(state, tmp_path / "state.pt")
     found = ranks(2, "load", {"pp": 2, "dtype": "bfloat16"}, str(tmp_path / "run"), str(tmp_path / "state.pt"))
     assert worst(found, "state")[0] == worst(found, "model")[0] == 0
+
+
+# -------------------------------------------------------------------------------------------------------- what is sent
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (2, {}),
+        (2, {"tp": 2}),
+        (2, {"tp": 2, "sp": False}),
+        (2, {"ep": 2}),
+        (2, {"pp": 2}),
+        (4, {"cp": 4}),
+        (4, {"tp": 2, "ep": 4}),
+        (8, {"tp": 2, "pp": 2, "cp": 2, "ep": 4}),
+    ],
+    ids=name_of,
+)
+def test_a_step_sends_what_the_planner_counts(case, ranks):
+    """Bytes of the busiest rank; the planner leaves out what does not grow with the model (counts, losses, norms)."""
+    count, options = case[0], case[1] | {"dtype": "bfloat16"}
+    sent = max(sum(each["traffic"].values()) for each in ranks(count, "traffic", options))
+    recipe = layouts.recipe_for("megatron", options)
+    planned = sum(plan.estimate(recipe, layout_of(recipe), count, plan.GPUS["H100"]).sent.values())
+    assert 0.93 < sent / planned < 1.07, f"{sent:,.0f} bytes sent, {planned:,.0f} planned"
+
+
+def test_tokens_go_to_experts_in_latent_space(ranks):
+    """Of 16 numbers instead of 32: half the bytes, but for a weight of 4 bytes each way."""
+    sent = [
+        sum(
+            each["traffic"]["ep all-to-all"]
+            for each in ranks(2, "traffic", {"ep": 2, "latent": latent, "dtype": "bfloat16"})
+        )
+        for latent in (16, None)
+    ]
+    assert sent[0] / sent[1] == pytest.approx((4 * 16 * 2 + 8) / (4 * 32 * 2 + 8), rel=0.1)
+
+
+# -------------------------------------------------------------------------------------------------------- whole runs
+
+LAYOUT = ("parallel.engine=megatron", "parallel.tp=2", "parallel.pp=2", "parallel.ep=2", "train.global_batch_size=4")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(forks, tmp_path_factory):
+    """The losses of tests/recipes/resume.yaml on four ranks, and of the native engine."""
+    run = tmp_path_factory.mktemp("undisturbed")
+    forks.train("resume", run / "megatron", *LAYOUT, ranks=4)
+    forks.train("resume", run / "native", LAYOUT[-1])
+    return losses(run / "megatron"), losses(run / "native")
+
+
+def test_a_run_logs_what_the_native_engine_logs(undisturbed):
+    megatron, native = undisturbed
+    assert list(megatron) == list(native)
+    for step, values in native.items():
+        assert megatron[step] == pytest.approx(values, rel=1e-4), step
+
+
+def test_a_rank_that_dies_ends_the_others_and_the_run_goes_on_exactly(forks, tmp_path, undisturbed):
+    saved = "checkpoint.asynchronous=false"  # step 5's is whole when a rank dies in step 8
+    patch = f"die_at:8:1:{tmp_path / 'died'}"
+    children = forks.start("resume", tmp_path / "run", *LAYOUT, saved, ranks=4, patch=patch)
+    assert children[1].wait() == -signal.SIGKILL
+    died = time.monotonic()
+    assert all(child.wait() != 0 for child in children if child is not children[1])
+    assert time.monotonic() - died < 60
+    assert "resuming" in forks.train("resume", tmp_path / "run", *LAYOUT, ranks=4)
+    assert losses(tmp_path / "run") == undisturbed[0]
+
+
+def test_a_rank_that_dies_while_saving_loses_nothing(forks, tmp_path, undisturbed):
+    children = forks.start("resume", tmp_path / "run", *LAYOUT, ranks=4, patch="slow_saving:0.3")
+    wait_for((tmp_path / "run/checkpoints/step_10.partial").exists)
+    children[2].kill(signal.SIGKILL)
+    assert all(child.wait() != 0 for child in children)
+    said: list[str] = []
+    assert newest_whole(tmp_path / "run", said.append) == tmp_path / "run/checkpoints/step_5" and not said
+    forks.train("resume", tmp_path / "run", *LAYOUT, ranks=4)
+    assert losses(tmp_path / "run") == undisturbed[0]
+
+
+def test_a_run_moves_to_the_native_engine_and_back(forks, tmp_path, undisturbed):
+    run_dir = tmp_path / "run"
+    forks.train("resume", run_dir, *LAYOUT, "train.steps=4", ranks=4)
+    forks.train("resume", run_dir, LAYOUT[-1], "train.steps=7")
+    forks.train("resume", run_dir, *LAYOUT, ranks=4)
+    for step, values in undisturbed[1].items():
+        assert losses(run_dir)[step] == pytest.approx(values, rel=1e-4), step
+
+
+def test_an_illegal_layout_is_a_sentence_before_any_group(forks, tmp_path):
+    output = forks.train("resume", tmp_path / "run", *LAYOUT[:1], "parallel.tp=3", ranks=1, code=1)
+    assert "parallel.tp is 3, which does not divide" in output and "nearest" in output
+    assert not (tmp_path / "run").exists()
