@@ -160,8 +160,23 @@ def _layer_activations(config: ModelConfig, kind: str, seq_len: int, width: int)
     return kept
 
 
+def _megatron(recipe: Recipe, world_size: int):
+    """The planner's estimate of a recipe's own layout; memory and bytes are the same on any GPU."""
+    from nemo_lite.parallel.layout import layout_of
+    from nemo_lite.plan import GPUS, estimate
+
+    return estimate(recipe, layout_of(recipe), world_size, GPUS["GB300"])
+
+
+def communication_per_step(recipe: Recipe, world_size: int) -> dict[str, float]:
+    """Bytes that the busiest rank sends in a step by what the ranks share; the megatron engine's only."""
+    if not recipe.parallel.uses_megatron:
+        return {}
+    return {kind: size for kind, size in _megatron(recipe, world_size).sent.items() if size}
+
+
 def memory_per_rank(recipe: Recipe, world_size: int = 1) -> dict[str, int]:
-    """Bytes one of ``world_size`` ranks needs, by part, and their ``total``.
+    """Bytes one of ``world_size`` ranks needs, by part, and their ``total``; of the megatron engine's, the fullest.
 
     Exact: ``weights``, ``gradients`` and ``optimizer`` (two AdamW moments), each parameters / world_size in float32
     (float64 where train.dtype is). Estimates: ``gathered``, what FSDP2 holds whole (two of the largest layers, or the
@@ -169,6 +184,9 @@ def memory_per_rank(recipe: Recipe, world_size: int = 1) -> dict[str, int]:
     ``activations``, tokens of a micro batch x bytes a layer keeps for its backward (of what is recomputed, each layer's
     input and the largest layer); ``logits``, one chunk of the loss with its gradient in float32.
     """
+    if recipe.parallel.uses_megatron:
+        memory = _megatron(recipe, world_size).memory
+        return memory | {"total": sum(memory.values())}
     config, train = recipe.model, recipe.train
     counts, width = parameter_counts(config), _BYTES[train.dtype]
     master = max(4, width)
@@ -202,13 +220,14 @@ def memory_per_rank(recipe: Recipe, world_size: int = 1) -> dict[str, int]:
 
 
 def facts(recipe: Recipe, world_size: int = 1) -> dict[str, Any]:
-    """What ``check --json`` prints: ``recipe``, ``parameters``, ``flops_per_token``, ``memory``, ``precision``,
-    ``world_size``."""
+    """What ``check --json`` prints: ``recipe``, ``parameters``, ``flops_per_token``, ``memory``, ``communication``,
+    ``precision``, ``world_size``."""
     return {
         "recipe": _plain(dataclasses.asdict(recipe)),
         "parameters": parameter_counts(recipe.model),
         "flops_per_token": flops_per_token(recipe.model, recipe.data.seq_len),
         "memory": memory_per_rank(recipe, world_size),
+        "communication": communication_per_step(recipe, world_size),
         "precision": {
             "linears": {part.name: format for part, format in number_formats(recipe.model, recipe.precision)},
             "shares": shares(recipe.model, recipe.precision),
@@ -236,6 +255,15 @@ def short(count: float, units: tuple[str, ...] = ("", "K", "M", "G", "T")) -> st
 
 
 _COUNT = ("", "K", "M", "B", "T")
+
+
+_SENT = {
+    "tp": "tokens and sums between the ranks of a layer",
+    "ep": "tokens to their experts and back, in latent space",
+    "cp": "keys, values and states of a row",
+    "pp": "hidden states to the next stage and back",
+    "dp": "gradients and weights",
+}
 
 
 def _show(recipe: Recipe, world_size: int) -> None:
@@ -320,6 +348,8 @@ def _show(recipe: Recipe, world_size: int) -> None:
 
     _show_formats(recipe, table, console)
     ranks = "the only rank" if world_size == 1 else f"each of {world_size} ranks"
+    if recipe.parallel.uses_megatron:
+        ranks = f"the fullest of {world_size}"
     needs = table(f"Memory of {ranks}", "", "GiB", "", notes=True)
     notes = {
         "weights": "master copy, sharded",
@@ -331,8 +361,15 @@ def _show(recipe: Recipe, world_size: int) -> None:
         "total": "",
     }
     for name, size in memory.items():
-        needs.add_row(name, f"{size / 2**30:,.3f}", notes[name])
+        note = "estimate" if recipe.parallel.uses_megatron and name != "total" else notes.get(name, "")
+        needs.add_row(name, f"{size / 2**30:,.3f}", note)
     console.print(needs)
+    if sent := communication_per_step(recipe, world_size):
+        console.print()
+        bytes_ = table("Sent by the busiest rank in a step", "", "GiB", "", notes=True)
+        for kind, size in sent.items():
+            bytes_.add_row(kind, f"{size / 2**30:,.3f}", _SENT[kind])
+        console.print(bytes_)
 
 
 def _show_formats(recipe: Recipe, table, console) -> None:
@@ -363,9 +400,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe in YAML")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys to set, such as train.steps=100")
     parser.add_argument("--json", action="store_true", help="print the same facts as one JSON object")
-    parser.add_argument("--world-size", type=int, default=1, metavar="N", help="ranks that share the work (default 1)")
+    parser.add_argument(
+        "--world-size", type=int, metavar="N", help="ranks that share the work (default: as few as the layout takes)"
+    )
     arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.world_size is None:
+        from nemo_lite.parallel.layout import layout_of
+
+        arguments.world_size = layout_of(recipe).least_world if recipe.parallel.uses_megatron else 1
     try:
         check_world_size(recipe, arguments.world_size)
     except RecipeError as error:

@@ -67,7 +67,7 @@ class FakeGroup:
 
 
 class _Part:
-    """Which part of a whole parameter a rank holds, kept on the parameter as `.part`."""
+    """Which part of a whole parameter a rank holds, kept on the parameter as `.share`."""
 
     def __init__(self, rank, size, dim, segments=()):
         self.rank, self.size, self.dim = rank, size, dim
@@ -99,7 +99,7 @@ class SplitLayers(whole.Layers):
         return self.group.reduce_scatter(x) if self.sequence_parallel else self.group.all_reduce(x)
 
     def mark(self, parameter, dim, segments=()):
-        parameter.part = _Part(self.rank, self.group.size, dim, segments)
+        parameter.share = _Part(self.rank, self.group.size, dim, segments)
 
     def local(self, n):
         assert n % self.group.size == 0, f"{n} does not divide over {self.group.size} ranks"
@@ -224,6 +224,6 @@ def split_model(model, group: FakeGroup, rank: int, **options):
     mine = dict(part.named_parameters()) | dict(part.named_buffers())
     assert set(wholes) == set(mine)
     for name, tensor in mine.items():
-        take = getattr(tensor, "part", lambda x: x)
+        take = getattr(tensor, "share", lambda x: x)
         tensor.copy_(take(wholes[name]))
     return part.train(model.training)

@@ -132,7 +132,7 @@ def test_the_page_of_facts(capsys):
     text = capsys.readouterr().out
     for figure in ("120,668,707,840", "12,770,237,440", "12,233,366,528", "2,942,325,248", "120.67 B", "2.94 B"):
         assert figure in text
-    assert "hidden_size: 4096" in text and "each of 64 ranks" in text
+    assert "hidden_size: 4096" in text and "the fullest of 64" in text and "Sent by the busiest rank" in text
     assert max(len(line.rstrip()) for line in text.splitlines() if "pattern:" not in line) <= 80
 
 

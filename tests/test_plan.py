@@ -106,7 +106,8 @@ def test_context_parallel_bytes():
     assert sent(attention, 2, cp=2)["cp"] == batches * 2 * (tokens * 2 * 2 * 16 * 2) / 2
     mamba = recipe("M")
     state, halo = 8 * 16 * 16 * 4, 3 * (8 * 16 + 2 * 2 * 16) * 2
-    assert sent(mamba, 2, cp=2)["cp"] == batches * 2 * 2 * 2 * (state + halo)
+    assert sent(mamba, 2, cp=2)["cp"] == batches * 2 * 2 * (state + halo)  # to the one neighbour, and gradients back
+    assert sent(mamba, 4, cp=4)["cp"] == batches * 2 * 2 * 2 * (state + halo)
 
 
 def test_pipeline_and_data_parallel_bytes():

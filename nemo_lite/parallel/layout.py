@@ -16,6 +16,7 @@ Shapes only; nothing here imports torch.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,6 +39,11 @@ class Layout:
     def dp(self, world: int) -> int:
         """Ranks that hold the same weights and other rows."""
         return world // (self.tp * self.cp * self.pp)
+
+    @property
+    def least_world(self) -> int:
+        """The fewest ranks it takes."""
+        return self.pp * math.lcm(self.tp * self.cp, self.ep)
 
     def edp(self, world: int) -> int:
         """Ranks that hold the same experts."""

@@ -58,12 +58,12 @@ def test_every_weight_that_can_be_split_is():
     model = whole_model()
     group = FakeGroup()
     part = group.run(lambda rank: split_model(model, group, rank))[0]
-    shared = {n.rsplit(".", 1)[0].split(".")[-1] for n, p in part.named_parameters() if not hasattr(p, "part")}
+    shared = {n.rsplit(".", 1)[0].split(".")[-1] for n, p in part.named_parameters() if not hasattr(p, "share")}
     assert shared == {
         "norm", "norm_f", "enorm", "hnorm", "final_layernorm", "eh_proj", "router", "fc1_latent", "fc2_latent",
     }  # fmt: skip
     for (name, whole), p in zip(model.named_parameters(), part.parameters()):
-        assert p.numel() * (2 if hasattr(p, "part") else 1) == whole.numel(), name
+        assert p.numel() * (2 if hasattr(p, "share") else 1) == whole.numel(), name
 
 
 def test_sizes_that_do_not_divide_are_refused_when_the_model_is_built():
