@@ -369,6 +369,28 @@ def _formats(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _layouts(found: list[dict[str, Any]]) -> list[str]:
+    """What layouts of the megatron engine cost on few cores."""
+    lines = [
+        "## Layouts of the megatron engine", "",
+        "On processes of one machine, which has fewer cores than the last rows have processes: what the engine costs "
+        "where nothing is gained by it. [parallelism.md](parallelism.md) says what is sent.", "",
+    ]  # fmt: skip
+    if not found:
+        return [*lines, f"{NOT_MEASURED} `python benchmarks/megatron.py` does it.", ""]
+    rows = []
+    for row in found[0]["rows"]:
+        layout = ", ".join(f"{k} {v}" for k, v in row["parallel"].items() if k != "engine") or "data parallel"
+        engine, sent = row["parallel"]["engine"], sum(row["sent"].values()) / 1e6
+        rows.append([
+            f"{engine}, {layout if row['ranks'] > 1 else 'one process'}", "", str(row["ranks"]),
+            f"{row['seconds']:.2f}", f"{row['seconds'] / found[0]['rows'][0]['seconds']:.2f}x",
+            f"{row['memory_gb']:.2f}", f"{sent:.0f}" if sent else "",
+        ])  # fmt: skip
+    header = ["layout", "", "processes", "seconds a step", "of native, one", "GB a process", "MB sent a step"]
+    return [*lines, *_source(found[0]), *_table(header, rows), ""]
+
+
 def results_page(folder: Path = RESULTS) -> str:
     """The text of docs/results.md."""
     peers = _peers(_read(folder, "peers_*.json")) + _accuracy(_read(folder, "accuracy*.json"))
@@ -378,6 +400,7 @@ def results_page(folder: Path = RESULTS) -> str:
             *_demo(_read(folder, "demo.json")),
             *_serve(folder),
             *_formats(_read(folder, "precision.json")),
+            *_layouts(_read(folder, "megatron.json")),
             *peers,
         ]
     )
