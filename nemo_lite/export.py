@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from nemo_lite.config import UserError, load_recipe
 
@@ -45,7 +46,7 @@ def export(
     from nemo_lite.model.hybrid import HybridLM
     from nemo_lite.parallel.layers import Layers
     from nemo_lite.precision.recipe import formats
-    from nemo_lite.train.checkpoint import load_tensors, read_state
+    from nemo_lite.train.checkpoint import Weights, load_tensors, read_state
 
     run_dir, folder = find_checkpoint(source)
     if target.exists() and not (target / "config.json").exists() and (not target.is_dir() or any(target.iterdir())):
@@ -58,13 +59,16 @@ def export(
         raise UserError(f"{run_dir} has no linear that was trained in {format}; its formats are {', '.join(others)}")
     model = HybridLM(recipe.model, device="meta", layers=Layers(formats=trained))
     wide = torch.float64 if recipe.train.dtype == "float64" else torch.float32
-    materialise(model, wide, "cpu")
-    load_tensors(folder, model, None, None)
+    options: dict[str, Any] = {}
+    if format is None:
+        model, options["read"] = model.to(wide), Weights(folder)
+    else:  # ranges are measured on the whole model
+        materialise(model, wide, "cpu")
+        load_tensors(folder, model, None, None)
     tokenizer = load_tokenizer(str(run_dir / "tokenizer"))
     for name, value in (("eos_token_id", tokenizer.eod_id), ("pad_token_id", tokenizer.pad_id)):
         if getattr(model.config, name) is None:
             setattr(model.config, name, value)
-    options = {}
     if format is not None:
         dtype = dtype or "bfloat16"
         options = _packing(model, recipe, tokenizer, trained, format, calibration_rows)

@@ -15,7 +15,7 @@ import torch
 from tiny import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nemo_lite.config import CheckpointConfig, Recipe, check_world_size
+from nemo_lite.config import CheckpointConfig, OptimRule, Recipe, check_world_size
 from nemo_lite.data.packing import Batch
 from nemo_lite.parallel.layout import group
 from nemo_lite.parallel.native import World
@@ -47,6 +47,8 @@ def recipe_for(engine: str, options: dict[str, Any]) -> Recipe:
     made.train.dtype, made.train.loss_chunk = options.get("dtype", "float64"), 10
     made.train.recompute = options.get("recompute", "none")
     made.precision.preset = options.get("precision", "bf16")
+    made.precision.reduce_dtype = options.get("reduce", "float32")
+    made.optim.rules = [OptimRule(*rule) for rule in options.get("rules", ())]
     made.optim.lr, made.optim.clip_grad, made.optim.weight_decay = RATE, 0.5, 0.1
     return made
 
@@ -57,14 +59,17 @@ def model_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def batch_of(step: int) -> Batch:
-    """A global batch of packed rows: documents of all lengths, some of them a token, and labels that are left out."""
+    """A global batch of packed rows: documents of all lengths, some of them a token, padding, labels left out."""
     generator = torch.Generator().manual_seed(7 + step)
     ids = torch.randint(0, 64, (ROWS, LENGTH), generator=generator)
     starts = torch.rand(ROWS, LENGTH, generator=generator) < 0.12
     starts[0] = False  # a row that is one document
     starts[1, 9:11] = True
     labels = ids.masked_fill(torch.rand(ROWS, LENGTH, generator=generator) < 0.05, -100)
-    return Batch(ids, starts.long().cumsum(1), labels, torch.zeros(ROWS).bool(), list(range(ROWS)), [[]] * ROWS)
+    doc_ids = starts.long().cumsum(1)
+    doc_ids[2, -7:] = doc_ids[5] = -1  # padding: the end of a row, and a whole one
+    labels[doc_ids < 0] = -100
+    return Batch(ids, doc_ids, labels, torch.zeros(ROWS).bool(), list(range(ROWS)), [[]] * ROWS)
 
 
 def micros_of(step: int, world: World) -> list[Batch]:

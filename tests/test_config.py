@@ -230,7 +230,8 @@ IN_FILE = {
         "eval: {every: 5}\ndata: {validation_fraction: 0}",
         "x.yaml:1: eval.every: there is nothing",
     ),
-    "engine": ("parallel: {engine: megatron}", "parallel.engine: the megatron engine is not in this version"),
+    "native sizes": ("parallel: {tp: 2}", "x.yaml:1: parallel.tp: the native engine shards over all ranks alike"),
+    "recomputed kinds": ("train: {recompute: MX}", "x.yaml:1: train.recompute: needs none, full or letters of M*E-"),
     "kernel": ("kernels: {ssd: chunkd}", "kernels.ssd: 'chunkd' is not one of auto, "),
 }
 

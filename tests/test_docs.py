@@ -87,6 +87,16 @@ def measured(tmp_path):
         "seeds": [0, 1], "minutes": 50.0, "arms": {"bf16": arm, "super": other}, "cost": cost,
     }  # fmt: skip
     (tmp_path / "precision.json").write_text(json.dumps(precision))
+    native = {"ranks": 1, "parallel": {"engine": "native"}, "seconds": 2.0, "memory_gb": 1.0, "sent": {}}
+    cut = {
+        "ranks": 2,
+        "parallel": {"engine": "megatron", "tp": 2},
+        "seconds": 5.0,
+        "memory_gb": 0.5,
+        "sent": {"tp": 7e6},
+    }
+    layouts = {"command": "python benchmarks/megatron.py", "machine": MACHINE, "rows": [native, cut]}
+    (tmp_path / "megatron.json").write_text(json.dumps(layouts))
     for work, row in serve.items():
         body = {"command": f"python benchmarks/serve.py {work}", "machine": MACHINE, "rows": [{"work": work} | row]}
         (tmp_path / f"serve_{work}.json").write_text(json.dumps(body))
@@ -130,7 +140,7 @@ def test_the_readme_shows_the_most_threads(generate, measured):
 
 
 def test_what_is_missing_is_said(generate, tmp_path):
-    assert generate.results_page(tmp_path).count(generate.NOT_MEASURED) == 7
+    assert generate.results_page(tmp_path).count(generate.NOT_MEASURED) == 8
     assert generate.numbers(tmp_path).count("not measured yet") == 2
 
 

@@ -80,6 +80,12 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
 
 
+def _whole(tensor: Tensor) -> torch.Size:
+    """The shape of the whole parameter that a tensor may be a part of."""
+    part = getattr(tensor, "part", None)
+    return torch.Size(tensor.shape if part is None else part.shape)
+
+
 def rows(model: nn.Module) -> list[Row]:
     """The table filled in for a model: every parameter and buffer, each exactly once."""
     config: ModelConfig = model.config  # type: ignore[assignment]
@@ -94,7 +100,7 @@ def rows(model: nn.Module) -> list[Row]:
             raise KeyError(f"the conversion table has no row for {name}")
         theirs = theirs.replace("{stack}", "mtp.layers" if stack == "mtp.layers" else "backbone.layers")
         theirs = theirs.replace("{i}", i or "").replace("{last}", str(len(config.mtp_layers) - 1))
-        shape = tuple(tensor.shape)
+        shape = tuple(_whole(tensor))
         if "{e}" in theirs:
             found.append(Row(name, tuple(theirs.replace("{e}", str(e)) for e in range(shape[0])), shape[1:]))
         elif name.endswith("conv1d.weight"):
@@ -342,13 +348,14 @@ def load_weights(model: nn.Module, model_dir: Path, packed=None) -> None:
     """Copy a MODEL_DIR's tensors into a model, one at a time; a rank that holds a part keeps only its part. Those that
     are on the meta device are given whole to packed(name, tensor)."""
     files, table, tied = TensorFiles(model_dir), rows(model), model.config.tie_word_embeddings
-    check_tensors(table, files, str(model_dir), tied)
+    # The model may be a stage of the whole.
+    check_tensors(rows(type(model)(model.config, device="meta")), files, str(model_dir), tied)
     tensors = _tensors(model)
     for row in table:
         if tied and row.theirs == (_HEAD,):
             continue  # load_config has seen that it is the embedding's
         target = tensors[row.ours]
-        value = from_hf(row, [files.get(name) for name in row.theirs], target.shape)
+        value = from_hf(row, [files.get(name) for name in row.theirs], _whole(target))
         if packed is not None and target.is_meta:
             packed(row.ours, value)
         else:
@@ -401,12 +408,13 @@ def materialise(model: nn.Module, dtype: torch.dtype, device: str | torch.device
 def save_model(
     model: nn.Module, model_dir: Path, *, dtype: torch.dtype | None = None, tokenizer=None,
     shard_bytes: int = 5 * 10**9, pack: Callable[[str, Tensor], dict[str, Tensor] | None] | None = None,
-    quantization_config: dict[str, Any] | None = None,
+    quantization_config: dict[str, Any] | None = None, read: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:  # fmt: skip
     """Write config.json, generation_config.json, sharded safetensors with their index, and the tokenizer if given.
 
     dtype None keeps the weights' own; what FLOAT32 names stays float32. Shards are written as they fill, so that no
-    second copy of the model is held. pack(name in the checkpoint, tensor) may give other tensors to write in its place.
+    second copy of the model is held. pack(name in the checkpoint, tensor) may give other tensors to write in its place;
+    read(our name, the parameter) gives the values of a model that has none, one tensor at a time.
     """
     from safetensors.torch import save_file
 
@@ -429,6 +437,8 @@ def save_model(
 
     for row in rows(model):
         tensor = tensors[row.ours].detach()
+        if read is not None:
+            tensor = read(row.ours, tensor)
         kind = tensor.dtype if dtype is None else dtype
         if dtype is not None and FLOAT32.search(row.ours):
             kind = torch.promote_types(dtype, torch.float32)

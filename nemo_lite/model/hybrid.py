@@ -217,7 +217,7 @@ class HybridLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        return next(self.parameters()).device
 
     @property
     def depth(self) -> int:

@@ -138,15 +138,15 @@ def problems(
         elif seq_len % (2 * cp):
             near = _multiples(seq_len, 2 * cp)
             found.append(f"data.seq_len is {seq_len}, no multiple of 2 x parallel.cp = {2 * cp} ({near})")
-    if layout.sp:
+    if layout.sp or (tp > 1 and "E" in letters):  # experts share tokens out over the tp ranks in any case
         tokens = micro_batch * seq_len // cp
         if tp == 1:
             found.append("parallel.sp is true, which needs parallel.tp above 1 (nearest: false)")
         elif tokens % tp:
             near = _nearest(tp, tokens, lambda n: tokens % n == 0)
             found.append(
-                f"parallel.tp is {tp}, which does not divide the {tokens} tokens of a micro batch, as parallel.sp "
-                f"needs ({near})"
+                f"parallel.tp is {tp}, which does not divide the {tokens} tokens of a micro batch, as "
+                f"{'parallel.sp needs' if layout.sp else 'experts need'} ({near})"
             )
     if world % used == 0:
         rows = layout.dp(world) * micro_batch

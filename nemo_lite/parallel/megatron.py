@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what Megatron-core would do with packages that are not here
+    from megatron.core import optimizer as megatron_optimizer
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.enums import ModelType
@@ -72,10 +73,13 @@ class Ranks(native.World):
 
 def start(recipe: Recipe) -> Ranks:
     """Join torchrun's processes, and make Megatron's groups of them for the recipe's layout."""
+    # Megatron-core overlaps collectives with products by the order in which kernels are launched; read by CUDA once.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     world = native.start(recipe.train.device)
     layout = layout_of(recipe)
     if world.size == 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if world.device.type == "cpu":
         megatron_cpu.install()
     elif recipe.train.dtype == "float64":
@@ -83,8 +87,6 @@ def start(recipe: Recipe) -> Ranks:
     # Names of torch's that Megatron-core calls and torch has given newer ones; what it would do with packages not here.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*", category=UserWarning)
-    # Megatron-core overlaps collectives with products by the order in which kernels are launched.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     parallel_state.initialize_model_parallel(
         layout.tp, layout.pp, context_parallel_size=layout.cp, expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=1, create_gloo_process_groups=False,
@@ -567,6 +569,8 @@ class Optimizer:
         config.no_sync_func, config.finalize_model_grads_func = self.ddp.no_sync, self._finish_gradients
         if world.device.type == "cpu":
             megatron_cpu.as_cuda(stage.parameters())
+        # torch's AdamW, as the native engine's: other libraries keep the step elsewhere, and checkpoints would lose it.
+        megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
         self.chain = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam", lr=optim.lr, min_lr=0.0, weight_decay=optim.weight_decay, adam_beta1=optim.betas[0],
@@ -599,8 +603,7 @@ class Optimizer:
         names = {p: name for name, p in self.stage.model.named_parameters()}
         for each in self.parts:
             for group in each.optimizer.param_groups:
-                if self.world.device.type == "cpu":
-                    group["fused"], group["foreach"] = True, None  # the native engine's arithmetic
+                group["fused"], group["foreach"] = True, None  # the native engine's arithmetic
             if self.sharded:
                 pairs = [
                     (each.model_float16_groups, each.shard_fp32_from_float16_groups),
@@ -843,9 +846,11 @@ class Trainer:
         """Forward and backward of all micro batches by Megatron-core's schedule; what each measured here."""
         measured: list[dict] = []
         numbers = self.model.numerics
+        # Ranks that see the same tokens round alike, so that what they hold copies of stays equal.
+        rank = self.world.rank if self.layout.sp else self.world.rank // self.layout.tp
 
         def forward(iterator, model):
-            numbers.begin(len(measured), self.world.rank)
+            numbers.begin(len(measured), rank)
             output, found = model(next(iterator), normalizers)
             measured.append(found)
             return output, lambda loss: (loss, torch.zeros((), dtype=torch.int), {})

@@ -2,7 +2,7 @@
 
 Megatron-core names CUDA outright in a few places that have nothing to do with a GPU. `install` gives the modules below
 a `torch` of their own that answers those calls with the CPU; it is called by the megatron engine only, and only where
-torch sees no CUDA device. `as_cuda` lets the optimizer take parameters that lie in the CPU's memory.
+it trains on a CPU. `as_cuda` lets the optimizer take parameters that lie in the CPU's memory.
 """
 
 from __future__ import annotations

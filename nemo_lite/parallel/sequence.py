@@ -24,7 +24,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from nemo_lite_kernels import Ops
+from nemo_lite_kernels.common import product_dtype
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from nemo_lite.model.context import Tokens
 
@@ -32,6 +34,15 @@ from nemo_lite.model.context import Tokens
 def pieces_of(rank: int, ranks: int) -> tuple[int, int]:
     """The pieces of a row that a rank holds."""
     return rank, 2 * ranks - 1 - rank
+
+
+def _last(q_LAD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
+    """Causal attention of the last L of S tokens, [L, A, D]."""
+    kind = product_dtype(q_LAD)
+    q, k, v = (t.to(kind).transpose(0, 1)[None] for t in (q_LAD, k_SKD, v_SKD))
+    mask = causal_lower_right(len(q_LAD), len(k_SKD))
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return y[0].transpose(0, 1).to(q_LAD.dtype)
 
 
 class Documents(list):
@@ -107,9 +118,7 @@ class Rows:
                     if a >= b:
                         continue
                     keys = slice(start - row * L, b - row * L)
-                    q_1 = q[row, i, a - first : b - first][None]
-                    k_1, v_1 = k_BLKD[row, keys][None], v_BLKD[row, keys][None]
-                    found.append(self.ops.attention_cached(q_1, k_1, v_1, [a - start])[0])
+                    found.append(_last(q[row, i, a - first : b - first], k_BLKD[row, keys], v_BLKD[row, keys]))
         return torch.cat(found)
 
     def causal_conv(self, x_BLC, weight_CW, bias_C, reset_BL, window_BwC=None):

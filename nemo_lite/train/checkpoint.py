@@ -49,7 +49,7 @@ def _copy(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return type(tree)(_copy(value) for value in tree)
     if isinstance(tree, Pieces):
-        return tree.map(lambda tensor: tensor.detach().clone())
+        return tree.map(lambda tensor: tensor.detach().to("cpu", copy=True))
     return tree.detach().clone() if isinstance(tree, torch.Tensor) else tree
 
 
@@ -143,7 +143,9 @@ class Checkpointer:
         )  # fmt: skip
         # The writer's collectives must not interleave with those of training, so they get a group of their own.
         self.group = dist.new_group(backend="gloo") if world.size > 1 else None
-        self.worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # A thread of its own has the first CUDA device, until it is told.
+        device = torch.cuda.set_device if world.device.type == "cuda" else lambda _: None
+        self.worker = ThreadPoolExecutor(1, "checkpoint", initializer=device, initargs=(world.device,))
         self.running: Future | None = None
         self.last_saved = -1
 
@@ -296,6 +298,28 @@ def load_tensors(folder: Path, model: nn.Module, optimizer: Any, world: World | 
     except FAILURES as error:
         raise UserError(f"{folder} does not fit this model: {_reason(error)}") from error
     put()
+
+
+class Weights(dcp.FileSystemReader):
+    """The weights of a checkpoint, one at a time: nobody holds the model, whatever layout wrote it."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.folder, self._metadata = folder, super().read_metadata()
+
+    def read_metadata(self, *args, **options):
+        return self._metadata
+
+    def __call__(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """A weight of the shape and dtype of `like`, which may be on the meta device."""
+        tensor = torch.empty(like.shape, dtype=like.dtype)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                dcp.load({"model": {name: tensor}}, storage_reader=self, no_dist=True)
+        except FAILURES as error:
+            raise UserError(f"{self.folder} does not fit this model: {_reason(error)}") from error
+        return tensor
 
 
 def _reason(error: BaseException) -> str:

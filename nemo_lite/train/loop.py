@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
@@ -36,6 +37,8 @@ from nemo_lite.train.loss import label_counts
 from nemo_lite.train.metrics import Metrics, environment, load_summary, memory_gb, peak_flops
 from nemo_lite.train.optim import build_optimizer, clip_, update_router_biases
 from nemo_lite.train.schedule import learning_rate
+
+MEGATRON = "0.16."  # releases of Megatron-core whose inner parts are those that the engine uses
 
 
 @dataclass
@@ -83,14 +86,18 @@ def engine_of(recipe: Recipe) -> Any:
     if not recipe.parallel.uses_megatron:
         return Native
     try:
-        from nemo_lite.parallel import megatron
-    except UserError:
-        raise
-    except Exception as error:  # a broken install of what it imports may raise anything
+        version = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError("the megatron engine needs Megatron-core: pip install 'nemo-lite[megatron]'") from None
+    if not version.startswith(MEGATRON):
         raise UserError(
-            f"parallel.engine is megatron, and Megatron-core cannot be imported ({type(error).__name__}: {error}); "
-            "install nemo-lite[megatron]"
-        ) from error
+            f"the megatron engine works with Megatron-core {MEGATRON}x and this is {version}: "
+            "pip install 'nemo-lite[megatron]'"
+        )
+    try:
+        from nemo_lite.parallel import megatron
+    except Exception as error:  # a broken install of what it imports may raise anything
+        raise UserError(f"Megatron-core {version} cannot be imported: {type(error).__name__}: {error}") from error
     return megatron.Megatron
 
 

@@ -2,6 +2,7 @@ import gzip
 import json
 import logging
 import os
+import random
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from nemo_lite.data.sources import ReadStats, documents, open_source
 from nemo_lite.data.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
+
+DICE = random.Random(0)
 
 
 def source(path, **more) -> SourceConfig:
@@ -87,7 +90,7 @@ def test_zst_of_several_frames(tmp_path):
 @pytest.mark.parametrize("cut", [1, 10, 1000])
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
 def test_archive_that_was_cut_off(tmp_path, name, cut):
-    path = write_jsonl(tmp_path / name, [os.urandom(50).hex() for _ in range(2000)])
+    path = write_jsonl(tmp_path / name, [DICE.randbytes(50).hex() for _ in range(2000)])
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(UserError, match="cannot be read beyond line"):
         texts_of(source(path))
@@ -184,7 +187,7 @@ def test_bad_line(tmp_path, caplog, line, why):
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
 def test_damaged_archive(tmp_path, name):
-    path = write_jsonl(tmp_path / name, [os.urandom(50).hex() for _ in range(2000)])
+    path = write_jsonl(tmp_path / name, [DICE.randbytes(50).hex() for _ in range(2000)])
     path.write_bytes(path.read_bytes()[:5000] + b"\0" * 100)
     with pytest.raises(UserError, match="cannot be read beyond line"):
         texts_of(source(path))

@@ -24,6 +24,21 @@ TESTS = Path(__file__).parents[1]
 SECONDS = 60.0  # no wait lasts longer; nearly all end in milliseconds
 
 
+@pytest.fixture(autouse=True)
+def others():
+    """Other tests' processes, such as a fork server that lives as long as the session."""
+    OTHERS.clear()
+    OTHERS.update(psutil.Process().children())
+
+
+OTHERS: set[psutil.Process] = set()
+
+
+def children() -> set[psutil.Process]:
+    """What this test has started and is still there."""
+    return set(psutil.Process().children()) - OTHERS
+
+
 def options(**how):
     return EngineOptions(json.dumps(how), max_num_seqs=4)
 
@@ -206,7 +221,7 @@ def test_kill_9_restarts_and_every_request_hears_of_it(tmp_path, caplog):
             await collect(client, "exit", (EXIT,))
         assert not client.alive
         await client.close()  # while it is being started again
-        assert not psutil.Process().children()
+        assert not children()
 
     with caplog.at_level(logging.WARNING, process.__name__):
         run(body())
@@ -244,7 +259,7 @@ def test_exceptions_end_requests_and_the_process(capfd):
 def test_a_load_that_fails(how, error, message):
     with pytest.raises(error, match=message):
         run(start(**how))
-    assert not psutil.Process().children()
+    assert not children()
 
 
 def test_a_load_that_takes_too_long_or_is_cancelled():
@@ -252,11 +267,11 @@ def test_a_load_that_takes_too_long_or_is_cancelled():
         with pytest.raises(EngineDead, match=r"not ready after 0\.01 seconds"):
             await EngineClient.start(options(), "fake_engine:build", ready_timeout=0.01)
         task = asyncio.create_task(start())
-        await until(lambda: psutil.Process().children())
+        await until(lambda: children())
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await until(lambda: not psutil.Process().children())
+        await until(lambda: not children())
 
     run(body())
 

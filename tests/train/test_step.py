@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from runs import ALONE, recipe_of
 
+from nemo_lite.config import UserError
 from nemo_lite.data.packing import Batch
 from nemo_lite.model.moe import Router
 from nemo_lite.train.loop import build_model, evaluate, train_step
@@ -255,3 +256,19 @@ def test_bfloat16_trains_with_float32_master_weights():
     rounded = step(micro=4, dtype="bfloat16")
     assert rounded.result.losses == pytest.approx(exact.result.losses, rel=2e-2)
     assert rounded.result.losses != exact.result.losses  # it does compute in bfloat16
+
+
+def test_optimizer_rules_scale_rate_and_decay():
+    """The first rule that matches a name decides; a rule that matches none is an error."""
+    rules = "optim.rules=[{match: '*.router.weight', lr_scale: 0.0}, {match: 'embedding.*', lr_scale: 2.0}]"
+    before, plain, ruled = (dict(model.named_parameters()) for model in (build()[1], step().model, step(rules).model))
+    for name in before:
+        as_ever, other = ((weights[name] - before[name]).detach() for weights in (plain, ruled))
+        if name.endswith("router.weight"):
+            assert not other.any() and as_ever.any()
+        elif name == "embedding.weight":
+            assert torch.allclose(other, 2 * as_ever, rtol=1e-9, atol=1e-12)
+        else:
+            assert torch.equal(other, as_ever), name
+    with pytest.raises(UserError, match=r"optim.rules\[0\].match: 'nothing' matches no parameter"):
+        step("optim.rules=[{match: nothing}]")
