@@ -42,7 +42,7 @@ def recipe_for(engine: str, options: dict[str, Any]) -> Recipe:
     if engine == "megatron":
         for name in PARALLEL & set(options):
             setattr(made.parallel, name, options[name])
-    made.data.seq_len = LENGTH
+    made.data.seq_len, made.init_from = LENGTH, options.get("init_from")
     made.train.global_batch_size, made.train.micro_batch_size = ROWS, MICRO
     made.train.dtype, made.train.loss_chunk = options.get("dtype", "float64"), 10
     made.train.recompute = options.get("recompute", "none")
@@ -211,6 +211,14 @@ def save(options: dict[str, Any], folder: str, steps: int, out: str) -> None:
     for step in range(steps, 2 * steps):
         at.step(step)
     at.end(out, masters={m.name: m.flat.detach().clone() for m in at.trainer.optimizer.masters})
+
+
+def started(options: dict[str, Any], reference: str, out: str) -> None:
+    """Fresh weights, or those of init_from: every piece here must be the whole tensor's."""
+    wanted, at = torch.load(reference), Layout(options)
+    for master in at.trainer.optimizer.masters:
+        at.pieces("started", master.name, master.flat, wanted[master.name], master)
+    at.end(out)
 
 
 def load(options: dict[str, Any], folder: str, reference: str, out: str) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from nemo_lite_kernels import Ops
+from nemo_lite_kernels.attention import attention_cached
 from nemo_lite_kernels.common import product_dtype
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
@@ -37,7 +38,9 @@ def pieces_of(rank: int, ranks: int) -> tuple[int, int]:
 
 
 def _last(q_LAD: Tensor, k_SKD: Tensor, v_SKD: Tensor) -> Tensor:
-    """Causal attention of the last L of S tokens, [L, A, D]."""
+    """Causal attention of the last L of S tokens, [L, A, D]; on a GPU without ever forming its mask."""
+    if not q_LAD.is_cuda:
+        return attention_cached(q_LAD[None], k_SKD[None], v_SKD[None], [len(k_SKD) - len(q_LAD)])[0]
     kind = product_dtype(q_LAD)
     q, k, v = (t.to(kind).transpose(0, 1)[None] for t in (q_LAD, k_SKD, v_SKD))
     mask = causal_lower_right(len(q_LAD), len(k_SKD))

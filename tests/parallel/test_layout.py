@@ -41,7 +41,8 @@ def test_legal(sizes):
                 "parallel.tp is 3, which does not divide the 128 columns of the MLP (nearest: 2, 4)",
                 "parallel.tp is 3, which neither divides the 4 key/value heads nor is a multiple of it (nearest: 2, 4)",
                 "parallel.tp is 3, which neither divides the 2 Mamba-2 groups nor is a multiple of it (nearest: 2, 4)",
-                "parallel.tp is 3, which does not divide the 256 tokens of a micro batch, as experts need (nearest: 2, 4)",
+                "parallel.tp is 3, which does not divide the 256 tokens of a micro batch, as experts need "
+                "(nearest: 2, 4)",
             ],
         ),
         (

@@ -153,6 +153,14 @@ def test_any_layout_reads_what_any_other_wrote(saved, ranks, tmp_path, request):
     assert worst(found, "resumed")[0] == 0, worst(found, "resumed")
 
 
+def test_training_starts_from_a_model_dir(ranks, tmp_path):
+    model = HybridLM(layouts.recipe_for("native", {}).model, seed=3)
+    model.save_pretrained(tmp_path / "model")
+    torch.save(layouts.whole_weights(model), tmp_path / "weights.pt")
+    options = SAVED["all"][1] | {"init_from": str(tmp_path / "model"), "dtype": "bfloat16"}
+    assert worst(ranks(8, "started", options, str(tmp_path / "weights.pt")), "started")[0] == 0
+
+
 def test_a_native_checkpoint_goes_on_under_megatron(ranks, tmp_path):
     layouts.native_save(tmp_path / "run", {}, 2)
     torch.save(layouts.native_state(tmp_path / "run", {}), tmp_path / "state.pt")
