@@ -113,7 +113,7 @@ class SplitLayers(whole.Layers):
         return self.mine(expert_Tk), self.mine(weight_Tk), *balance  # the balance of all tokens, on every rank
 
     def column_linear(self, name, n_in, *segments):
-        module = super().linear(name, n_in, sum(self.local(units) * rows for units, rows in segments))
+        module = super().linear(name, n_in, self.rows(segments))
         self.mark(module.weight, 0, segments)
         return Around(module, before=self.gather)
 

@@ -14,7 +14,7 @@ work on dim 0. Such a placement scatters tokens in `embedding` and in the norm n
 and experts see a rank's own tokens, `mine`. tests/fake_layers.py is one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from nemo_lite_kernels import Ops, select
@@ -161,7 +161,7 @@ class Layers:
 
     def column_linear(self, name: str, n_in: int, *segments: Segment) -> nn.Module:
         """A linear whose outputs are split over ranks, the units of each segment for themselves."""
-        return self.linear(name, n_in, sum(units * size for units, size in segments))
+        return self.linear(name, n_in, self.rows(segments))
 
     def row_linear(self, name: str, n_in: int, n_out: int) -> nn.Module:
         """A linear whose inputs are split over ranks; its output is summed over them."""
@@ -189,7 +189,7 @@ class Layers:
 
     def channels(self, name: str, *segments: Segment, width: int | None = None) -> nn.Parameter:
         """A parameter [n] or [n, width] per head or channel, n = the rows of this rank's units of all segments."""
-        n = sum(self.local(units) * size for units, size in segments)
+        n = self.rows(segments)
         return nn.Parameter(torch.empty(n) if width is None else torch.empty(n, width))
 
     def route(self, *args):
@@ -201,6 +201,10 @@ class Layers:
     def mine(self, x: Tensor) -> Tensor:
         """The rows of this rank's tokens, where a placement scatters them over ranks between blocks."""
         return x
+
+    def rows(self, segments: Iterable[Segment]) -> int:
+        """The rows of this rank's units of all segments."""
+        return sum(self.local(units) * size for units, size in segments)
 
     def local(self, n: int) -> int:
         """This rank's share of n heads, groups or channels: 1 where there are fewer of them than ranks."""

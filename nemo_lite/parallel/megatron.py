@@ -15,6 +15,7 @@ Activations are token-major, [T, H]; with sequence parallelism, T is cut over th
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from nemo_lite_kernels.common import accumulate_dtype
 from torch import Tensor, nn
 
 with warnings.catch_warnings():
@@ -46,8 +48,9 @@ from nemo_lite.model.context import Tokens
 from nemo_lite.model.hybrid import HybridLM, Layer, Normalizers
 from nemo_lite.parallel import layers as whole
 from nemo_lite.parallel import megatron_cpu, native, sequence
+from nemo_lite.parallel.layers import Segment
 from nemo_lite.parallel.layout import Layout, layout_of, stages
-from nemo_lite.parallel.parts import Part, Pieces, Segment
+from nemo_lite.parallel.parts import Part, Pieces
 from nemo_lite.precision.linear import Gemms, Numerics
 from nemo_lite.precision.recipe import formats as number_formats
 from nemo_lite.train.loss import IGNORE
@@ -139,9 +142,6 @@ class Placed(whole.Layers):
 
     def local(self, n: int) -> int:
         return max(n // self.ranks, 1)
-
-    def rows(self, segments: Iterable[Segment]) -> int:
-        return sum(self.local(units) * size for units, size in segments)
 
     def part(self, parameter: nn.Parameter, segments: Iterable[Segment], dim: int = 0) -> None:
         rest = [n for i, n in enumerate(parameter.shape) if i != dim]
@@ -310,61 +310,43 @@ class Embedding(VocabParallelEmbedding):
         return x.squeeze(1 if self.reduce_scatter_embeddings else 0)
 
 
-class Head(nn.Module):
-    """The output projection W [V / tp, H]: the loss over all V, in chunks of tokens.
+class Head(whole.Head):
+    """The output projection W [V / tp, H]; the loss is over all V, in the chunks of train/loss.py.
 
     Megatron-core's own loss holds all logits, in float32.
     """
 
-    def __init__(self, layers: Placed, hidden_size: int, vocab_size: int, chunk: int = 512):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab_size // layers.ranks, hidden_size))
-        self.chunk, self.tp = chunk, layers.tp
+    def __init__(self, layers: Placed, hidden_size: int, vocab_size: int):
+        super().__init__(hidden_size, vocab_size // layers.ranks, layers.ops.linear, layers.ops)
+        self.tp = layers.tp
+        self.loss_ops = functools.partial(nll_and_gradient, group=layers.tp), layers.ops.weight_gradient
 
-    def loss(self, h_TH: Tensor, labels_T: Tensor, weights_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum over tokens of weight x cross-entropy, and the cross-entropies [T], detached; the same on all ranks."""
+    def forward(self, h_TH: Tensor, labels_T: Tensor | None = None, weights_T: Tensor | None = None):
+        """As the whole head's, the same on all ranks."""
         h_TH = mappings.copy_to_tensor_model_parallel_region(h_TH, group=self.tp)
-        return _Loss.apply(h_TH, self.weight, labels_T, weights_T, self.chunk, self.tp, torch.is_grad_enabled())
+        found = super().forward(h_TH, labels_T, weights_T)
+        if labels_T is None:
+            return mappings.gather_from_tensor_model_parallel_region(found, group=self.tp)
+        return found
 
 
-class _Loss(torch.autograd.Function):
-    """As train/loss.py: the gradient is formed in the forward, while a chunk's logits are there."""
-
-    @staticmethod
-    def forward(ctx, h_TH, weight_VH, labels_T, weights_T, chunk, group, training):
-        dtype = torch.promote_types(h_TH.dtype, torch.float32)
-        V, first = len(weight_VH), group.rank() * len(weight_VH)
-        keep_T = (labels_T != IGNORE).nonzero().squeeze(-1)
-        nll_T = h_TH.new_zeros(len(labels_T), dtype=dtype)
-        dh = torch.zeros_like(h_TH) if training else None
-        dw = torch.zeros_like(weight_VH, dtype=dtype) if training else None
-        for rows in keep_T.split(chunk):
-            h, place = h_TH[rows], labels_T[rows] - first
-            logits = (h @ weight_VH.T).to(dtype)
-            largest = logits.amax(-1)
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-            logits -= largest[:, None]
-            here = (place >= 0) & (place < V)
-            place = place.clamp(0, V - 1)[:, None]
-            target = logits.gather(1, place).squeeze(1) * here
-            e = logits.exp_()
-            both = torch.stack([e.sum(-1), target])
-            dist.all_reduce(both, group=group)
-            nll_T[rows] = both[0].log() - both[1]
-            if dh is not None and dw is not None:
-                d = e.div_(both[0][:, None]).scatter_add_(1, place, -here[:, None].to(dtype))
-                d = d.mul_(weights_T[rows, None].to(dtype)).to(h.dtype)
-                dh[rows] = d @ weight_VH
-                dw += (d.T @ h).to(dtype)
-        ctx.save_for_backward(dh, dw)
-        ctx.dtype = weight_VH.dtype
-        ctx.mark_non_differentiable(nll_T)
-        return (nll_T * weights_T.to(dtype)).sum(), nll_T
-
-    @staticmethod
-    def backward(ctx, dloss, _):
-        dh, dw = ctx.saved_tensors
-        return (dh * dloss).to(dh.dtype), (dw * dloss).to(ctx.dtype), *(None,) * 5
+def nll_and_gradient(logits_TV: Tensor, labels_T: Tensor, weights_T: Tensor, training: bool, *, group: Any):
+    """As the op of that name, of logits whose columns are cut over the ranks of `group`."""
+    dtype, V = accumulate_dtype(logits_TV), logits_TV.shape[1]
+    logits, place_T = logits_TV.to(dtype), labels_T - group.rank() * V
+    largest_T = logits.amax(-1)
+    dist.all_reduce(largest_T, dist.ReduceOp.MAX, group)
+    logits = logits - largest_T[:, None]
+    here_T, place_T1 = (place_T >= 0) & (place_T < V), place_T.clamp(0, V - 1)[:, None]
+    target_T = logits.gather(1, place_T1).squeeze(1) * here_T
+    e = logits.exp_()
+    both = torch.stack([e.sum(-1), target_T])
+    dist.all_reduce(both, group=group)
+    nll_T = both[0].log() - both[1]
+    if not training:
+        return nll_T, None
+    gradient = e.div_(both[0][:, None]).scatter_add_(1, place_T1, -here_T[:, None].to(dtype))
+    return nll_T, gradient.mul_(weights_T[:, None].to(dtype)).to(logits_TV.dtype)
 
 
 class Norm(whole.Norm):
@@ -668,13 +650,7 @@ class Optimizer:
         """After the last backward: gradients over data-parallel ranks, and of what several ranks hold a copy of."""
         self.ddp.finish_grad_sync()
         tp = parallel_state.get_tensor_model_parallel_group()
-        gradients = [p.main_grad for p in self.of_tokens]
-        for dtype in sorted({g.dtype for g in gradients}, key=str):
-            same = [g for g in gradients if g.dtype == dtype]
-            flat = torch.cat([g.flatten() for g in same])
-            dist.all_reduce(flat, group=tp)
-            for gradient, part in zip(same, flat.split([g.numel() for g in same])):
-                gradient.copy_(part.view_as(gradient))
+        native.sum_flat_([p.main_grad for p in self.of_tokens], tp)
         for p in self.of_copies:
             self._sum_copies(p, tp)
         if self.shares_embedding:
@@ -915,9 +891,3 @@ class Trainer:
         losses = [float(a / max(b, 1.0)) for a, b in zip(totals[: depth + 1], totals[depth + 1 : -1])]
         bits = float(totals[0] / math.log(2) / max(totals[-1], 1.0))
         return {"val_loss": losses[0], "val_mtp_loss": losses[1:], "val_bits_per_byte": bits}
-
-
-class Megatron:
-    """The engine, as the training loop knows it."""
-
-    start, stop, Trainer = staticmethod(start), staticmethod(stop), Trainer

@@ -198,12 +198,17 @@ def sum_replicated_gradients(parameters: Iterable[nn.Parameter], world: World) -
     for p in replicated:
         if p.grad is None:  # every rank must bring the same tensors
             p.grad = torch.zeros_like(p)
-    for dtype in sorted({p.dtype for p in replicated}, key=str):
-        gradients = [p.grad for p in replicated if p.dtype == dtype]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-            gradient.copy_(part.view_as(gradient))
+    sum_flat_([p.grad for p in replicated if p.grad is not None])
+
+
+def sum_flat_(tensors: list[Tensor], group: Any = None) -> None:
+    """Sum tensors over the ranks of a group in place, by one all-reduce for each dtype."""
+    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+        same = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in same])
+        dist.all_reduce(flat, group=group)
+        for tensor, part in zip(same, flat.split([t.numel() for t in same])):
+            tensor.copy_(part.view_as(tensor))
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], world: World) -> Tensor:

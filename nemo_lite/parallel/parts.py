@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-Segment = tuple[int, int]  # so many units of so many rows each
+from nemo_lite.parallel.layers import Segment
 
 
 @dataclass(frozen=True)

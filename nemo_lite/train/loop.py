@@ -98,7 +98,7 @@ def engine_of(recipe: Recipe) -> Any:
         from nemo_lite.parallel import megatron
     except Exception as error:  # a broken install of what it imports may raise anything
         raise UserError(f"Megatron-core {version} cannot be imported: {type(error).__name__}: {error}") from error
-    return megatron.Megatron
+    return megatron
 
 
 class Native:
