@@ -58,7 +58,7 @@ def model_options(options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key not in PARALLEL}
 
 
-def batch_of(step: int) -> Batch:
+def batch_of(step: int, padding: bool = True) -> Batch:
     """A global batch of packed rows: documents of all lengths, some of them a token, padding, labels left out."""
     generator = torch.Generator().manual_seed(7 + step)
     ids = torch.randint(0, 64, (ROWS, LENGTH), generator=generator)
@@ -67,13 +67,14 @@ def batch_of(step: int) -> Batch:
     starts[1, 9:11] = True
     labels = ids.masked_fill(torch.rand(ROWS, LENGTH, generator=generator) < 0.05, -100)
     doc_ids = starts.long().cumsum(1)
-    doc_ids[2, -7:] = doc_ids[5] = -1  # padding: the end of a row, and a whole one
+    if padding:
+        doc_ids[2, -7:] = doc_ids[5] = -1  # padding: the end of a row, and a whole one
     labels[doc_ids < 0] = -100
     return Batch(ids, doc_ids, labels, torch.zeros(ROWS).bool(), list(range(ROWS)), [[]] * ROWS)
 
 
-def micros_of(step: int, world: World) -> list[Batch]:
-    rows = list(batch_of(step).split(ROWS // world.data_size))[world.data_rank]
+def micros_of(step: int, world: World, padding: bool = True) -> list[Batch]:
+    rows = list(batch_of(step, padding).split(ROWS // world.data_size))[world.data_rank]
     return list(rows.split(MICRO))
 
 
@@ -301,5 +302,5 @@ def traffic(options: dict[str, Any], out: str) -> None:
     }
     at.step(0)  # buckets are settled in the first
     with Traffic({kind: ranks for kind, ranks in groups.items() if len(ranks) > 1}) as counted:
-        at.step(1)
+        at.trainer.step(micros_of(1, world, padding=False), RATE)  # padding goes to no expert
     at.end(out, traffic=counted.bytes)

@@ -197,13 +197,12 @@ def test_bfloat16_keeps_its_masters(ranks, tmp_path):
     ids=name_of,
 )
 def test_a_step_sends_what_the_planner_counts(case, ranks):
-    """Bytes of the busiest rank. The planner leaves out what does not grow with the model (counts, losses, norms), and
-    sends the padding, a seventh of these tokens, to experts too."""
+    """Bytes of the busiest rank; the planner leaves out what does not grow with the model (counts, losses, norms)."""
     count, options = case[0], case[1] | {"dtype": "bfloat16"}
     sent = max(sum(each["traffic"].values()) for each in ranks(count, "traffic", options))
     recipe = layouts.recipe_for("megatron", options)
     planned = sum(plan.estimate(recipe, layout_of(recipe), count, plan.GPUS["H100"]).sent.values())
-    assert 0.9 < sent / planned < 1.07, f"{sent:,.0f} bytes sent, {planned:,.0f} planned"
+    assert 0.93 < sent / planned < 1.07, f"{sent:,.0f} bytes sent, {planned:,.0f} planned"
 
 
 def test_tokens_go_to_experts_in_latent_space(ranks):
