@@ -312,7 +312,7 @@ class ParallelConfig:
     )
     reshard_after_forward: bool = key(True, "native: free a layer's gathered weights after its forward (FSDP2)")
     tp: int = key(1, "tensor parallel: ranks that share heads and inner sizes", "ranks", ge=1)
-    pp: int = key(1, "pipeline parallel: stages, cut by `|` in the pattern or balanced by FLOPs", "ranks", ge=1)
+    pp: int = key(1, "pipeline parallel: stages, cut by `|` (n pp: interleaved) or balanced by FLOPs", "ranks", ge=1)
     ep: int = key(1, "expert parallel: ranks that share a layer's experts, over tp, cp and dp", "ranks", ge=1)
     cp: int = key(1, "context parallel: ranks that share the tokens of a row", "ranks", ge=1)
     sp: bool = key(True, "sequence parallel: share tokens between blocks over the tp ranks")

@@ -11,8 +11,8 @@ Nothing is taken to overlap. The time of a micro batch in a pipeline stage is th
 - ``tp``, ``ep``, ``cp``, ``pp``: bytes a rank sends / bandwidth of the link, NVLink inside a domain, else the network.
 
 A step of m micro batches in stages of t_1 .. t_pp seconds takes sum(t) + (m - 1) max(t) (1F1B; with equal stages
-(pp - 1) / (m + pp - 1) of it is ``bubble``), and once the data parallel collectives (``dp``: gradients
-reduce-scattered, weights all-gathered) and the ``optimizer``.
+(pp - 1) / (m + pp - 1) of it is ``bubble``; with v interleaved stages a rank it waits a v-th of that), and once the
+data parallel collectives (``dp``: gradients reduce-scattered, weights all-gathered) and the ``optimizer``.
 
 Every bandwidth and peak is the data sheet's times an ``Efficiency`` that benchmarks/plan.py fits to published runs;
 how far the model is off on each of them: docs/parallelism.md. T tokens of a micro batch on a rank, H hidden size.
@@ -283,12 +283,12 @@ class _Recipe:
 
 
 class _Stage:
-    """One pipeline stage on one rank: parameters, and the cost of a micro batch."""
+    """The layers of one pipeline rank, of one stage or of several: parameters, and the cost of a micro batch."""
 
-    def __init__(self, model: _Model, layers: range, first: bool, last: bool):
-        self.m, self.layers, self.first, self.last = model, layers, first, last
+    def __init__(self, model: _Model, layers: list[int], first: bool, last: bool):
+        self.m, self.first, self.last = model, first, last
         config, layout = model.config, model.layout
-        self.letters = Counter(config.layers[layers.start : layers.stop])
+        self.letters = Counter(config.layers[i] for i in layers)
         self.mtp = Counter(config.mtp_layers) if last else Counter()
         self.pieces = Counter(piece for i in layers for piece in model.pieces[i])
         self.tail = [piece for piece in model.pieces[None] if last]  # head and MTP
@@ -440,7 +440,7 @@ class _Stage:
             cost.send("tp", _times(heads * sp, whole), _times(heads * 2, whole))
         if layout.pp > 1:
             one = links.neighbour("pp", wide)
-            cost.send("pp", _times(not self.last, one), _times(not self.first, one))
+            cost.send("pp", _times(m.each - self.last, one), _times(m.each - self.first, one))
 
     def step(self) -> tuple[float, dict[str, float], float]:
         """Once a step: seconds of the collectives, bytes sent by kind, seconds of the optimizer."""
@@ -466,7 +466,7 @@ class _Stage:
         return waiting, sent, moved / m.hbm
 
     def memory(self, place: int) -> dict[str, int]:
-        """Bytes by part; ``place``: which stage, which says how many micro batches are under way."""
+        """Bytes by part; ``place``: which rank of the pipeline, which says how many micro batches are under way."""
         m, config, layout = self.m, self.m.config, self.m.layout
         count = self.dense + self.experts
         letters = self.letters + Counter({kind: config.mtp.depth * n for kind, n in self.mtp.items()})
@@ -478,7 +478,9 @@ class _Stage:
         now = max((size[kind] for kind in again), default=0.0)
         if self.last:
             kept += H * m.scattered * (2 + 5 * bool(self.mtp) * config.mtp.depth)
-        under_way = min(m.micro_batches, layout.pp - place)
+        # Forwards of a stage before the first backward (Megatron-core's schedules).
+        forwards = layout.pp - place if m.each == 1 else 2 * (layout.pp - place) - 1 + (m.each - 1) * layout.pp
+        under_way = min(m.micro_batches, forwards / m.each)
         chunk = min(m.recipe.train.loss_chunk, m.tokens)
         memory = {
             "weights": BF16 * count,
@@ -538,7 +540,9 @@ class _Model:
         # What an all-gather or reduce-scatter of [T, H] over tp costs.
         self.unit = self.links.gather("tp", self.tokens * self.config.hidden_size * BF16)
         self.pieces, cut = shared.pieces(layout), shared.stages(layout)
-        self.stages = [_Stage(self, layers, i == 0, i == len(cut) - 1) for i, layers in enumerate(cut)]
+        self.each = len(cut) // layout.pp  # stages of a rank
+        layers = [[i for stage in cut[rank :: layout.pp] for i in stage] for rank in range(layout.pp)]
+        self.stages = [_Stage(self, mine, rank == 0, rank == layout.pp - 1) for rank, mine in enumerate(layers)]
 
     def estimate(self) -> Estimate:
         layout, dp = self.layout, self.layout.dp(self.world)
@@ -547,7 +551,7 @@ class _Model:
         seconds: dict[str, float] = dict.fromkeys(("products", "memory", *KINDS), 0.0)
         for kind in slow.forward:
             seconds[kind] = self.micro_batches * (slow.forward[kind] + slow.backward[kind])
-        seconds["bubble"] = sum(cost.total for cost in costs) - slow.total
+        seconds["bubble"] = (sum(cost.total for cost in costs) - slow.total) / self.each
         ends = [stage.step() for stage in self.stages]
         seconds["dp"] = max(waiting for waiting, _, _ in ends)
         seconds["optimizer"] = max(optimizer for _, _, optimizer in ends)

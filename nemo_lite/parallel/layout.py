@@ -7,7 +7,8 @@ Shapes only; nothing here imports torch.
     tp   tensor parallel: the heads of a mixer and the inner size of an MLP are cut
     cp   context parallel: the tokens of a row are cut into 2 cp pieces; rank i holds pieces i and 2 cp - 1 - i
     dp   data parallel: rows are cut; follows from the others
-    pp   pipeline parallel: layers are cut into stages
+    pp   pipeline parallel: layers are cut into stages; where the pattern's `|` make n pp of them, a rank has every
+         pp-th stage and runs them interleaved (Narayanan et al. 2021, arXiv 2104.04473, section 2.2)
     ep   expert parallel: the experts of a layer are cut over ep ranks that follow each other inside a stage, across tp,
          cp and dp (experts are never cut by tp); edp = tp x cp x dp / ep ranks hold the same experts
     sp   sequence parallel: between the cut linears, tokens are cut over the tp ranks
@@ -124,8 +125,9 @@ def problems(
         elif stage % ep:
             found.append(f"parallel.ep is {ep}, which does not divide the {stage} ranks of a pipeline stage ({near})")
     layers, cuts = len(config.layers), config.pattern.count(CUT)
-    if cuts and pp != cuts + 1:
-        found.append(f"parallel.pp is {pp}, and the pattern is cut into {cuts + 1} stages (nearest: {cuts + 1})")
+    if cuts and (cuts + 1) % pp:
+        near = _nearest(pp, cuts + 1, lambda n: (cuts + 1) % n == 0)
+        found.append(f"parallel.pp is {pp}, which does not divide the {cuts + 1} stages of the pattern ({near})")
     elif pp > layers:
         found.append(f"parallel.pp is {pp}, more than the {layers} layers (nearest: {layers})")
     if cp > 1:
@@ -154,6 +156,12 @@ def problems(
             found.append(
                 f"train.global_batch_size is {global_batch}, no multiple of the {rows} rows of {layout.dp(world)} data "
                 f"parallel ranks x train.micro_batch_size = {micro_batch} ({_multiples(global_batch, rows)})"
+            )
+        elif cuts + 1 > pp > 1 and global_batch // rows % pp:
+            found.append(
+                f"train.global_batch_size is {global_batch}, {global_batch // rows} micro batches for each data "
+                f"parallel rank, and interleaved stages take a multiple of parallel.pp = {pp} "
+                f"({_multiples(global_batch, rows * pp)})"
             )
     return found
 
@@ -204,10 +212,11 @@ def _multiples(value: int, of: int) -> str:
 def stages(config: ModelConfig, layout: Layout, seq_len: int) -> list[range]:
     """The trunk layers of each pipeline stage: cut by ``|`` where the pattern has it, else balanced by FLOPs.
 
+    Rank r of pp has stages r, pp + r, ...: more than one where the pattern is cut into more than pp.
     Balanced is the contiguous partition whose most expensive stage is the cheapest. The last stage also has the head
     and the MTP block, which runs ``mtp.depth`` times; the embedding is free.
     """
-    if CUT in config.pattern:
+    if CUT in config.pattern and layout.pp > 1:
         sizes = [len(stage) for stage in cut_stages(config.pattern)]
         ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
         return [range(end - size, end) for end, size in zip(ends, sizes)]

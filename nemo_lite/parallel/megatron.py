@@ -1,13 +1,13 @@
 """The megatron engine: the same HybridLM under tensor, sequence, pipeline, expert, context and data parallelism.
 
 From Megatron-core: process groups and rank order, vocabulary-, column- and row-parallel layers and their collectives,
-the 1F1B schedule, DistributedDataParallel with its overlap, and the distributed optimizer. What its released version
-does not have for this architecture is here, on its groups: Mamba-2's cut, experts over ranks in latent space, the
-vocabulary-parallel loss in chunks, rows cut over ranks (sequence.py), and checkpoints (parts.py).
+the 1F1B schedule and the interleaved one, DistributedDataParallel with its overlap, and the distributed optimizer. What
+its released version does not have for this architecture is here, on its groups: Mamba-2's cut, experts over ranks in
+latent space, the vocabulary-parallel loss in chunks, rows cut over ranks (sequence.py), and checkpoints (parts.py).
 
     Placed          what a model part is built from: this rank's share of every weight, and the collectives around it
-    Stage           the layers of this pipeline stage, as Megatron's schedule calls them
-    Optimizer       data parallelism and AdamW around a stage; gradients, their norm, masters, checkpoints
+    Stage           the layers of a pipeline stage, as Megatron's schedule calls them; a rank has one, or several
+    Optimizer       data parallelism and AdamW around stages; gradients, their norm, masters, checkpoints
     Trainer         a recipe's model and optimizer, a step and a validation: what the training loop calls
 
 Activations are token-major, [T, H]; with sequence parallelism, T is cut over the tensor-parallel ranks between blocks.
@@ -90,9 +90,10 @@ def start(recipe: Recipe) -> Ranks:
     # Names of torch's that Megatron-core calls and torch has given newer ones; what it would do with packages not here.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*", category=UserWarning)
+    each = len(stages(recipe.model, layout, recipe.data.seq_len)) // layout.pp
     parallel_state.initialize_model_parallel(
-        layout.tp, layout.pp, context_parallel_size=layout.cp, expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=1, create_gloo_process_groups=False,
+        layout.tp, layout.pp, each if each > 1 else None, context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=1, create_gloo_process_groups=False,
     )  # fmt: skip
     return Ranks(world.rank, world.size, world.device, world.mesh, layout)
 
@@ -439,30 +440,21 @@ def _nothing(weight: Tensor) -> None:
 
 
 class Stage(nn.Module):
-    """This pipeline stage of a HybridLM: its layers; on the first the embedding; on the last norm, head, loss and MTP,
-    for which it has an embedding of its own. Modules of other stages are dropped; names stay the model's."""
+    """A pipeline stage of a HybridLM: its layers; with the first the embedding; with the last norm, head, loss and MTP,
+    for which it has an embedding of its own."""
 
-    def __init__(self, model: HybridLM, cuts: list[range], rank: int):
+    def __init__(self, model: HybridLM, layers: range, first: bool, last: bool):
         super().__init__()
-        layers, last = cuts[rank], rank == len(cuts) - 1
-        self.model, self.first, self.last = model, rank == 0, last
+        # Not a part of this: data parallelism takes what is, and the model has the rank's other stages.
+        object.__setattr__(self, "model", model)
+        self.first, self.last = first, last
         self.model_type = ModelType.encoder_or_decoder  # the schedule asks
-        for i in range(len(model.layers)):
-            if i not in layers:
-                model.layers[i] = nn.Identity()
-        self.blocks = [model.layers[i] for i in layers]
-        # The last stage reads tokens ahead for MTP; a tied head is the embedding.
-        self.copies_embedding = model.mtp is not None or model.config.tie_word_embeddings
-        self.embeds = self.first or (last and self.copies_embedding)
-        if not self.embeds:
-            model.embedding = nn.Identity()
-        if not last:
-            model.norm_f, model.head, model.mtp = nn.Identity(), nn.Identity(), None
+        self.blocks = nn.ModuleList(model.layers[i] for i in layers)
+        if first or (last and _two_embeddings(model)):
+            self.embedding = model.embedding
+        if last:
+            self.norm_f, self.head, self.mtp = model.norm_f, model.head, model.mtp
         self.arrived: Tensor | None = None
-
-    def has(self, layer: str) -> bool:
-        """Whether a layer of this name is here."""
-        return self.last if layer.startswith("mtp.") else isinstance(self.model.get_submodule(layer), Layer)
 
     def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
         """What the stage before sent, [T, 1, H]: the schedule's way."""
@@ -487,6 +479,26 @@ class Stage(nn.Module):
             measured["aux"] = aux.detach()
             x_TH = _Attach.apply(x_TH, aux)
         return x_TH[:, None], measured
+
+
+def _two_embeddings(model: HybridLM) -> bool:
+    """Whether the last stage needs the embedding too: for the tokens ahead of MTP; a tied head is the embedding."""
+    return bool(model.config.mtp_layers) or model.config.tie_word_embeddings
+
+
+def stages_here(model: HybridLM, cuts: list[range], rank: int, ranks: int) -> list[Stage]:
+    """Every `ranks`-th stage from `rank` on; modules of other ranks are dropped. Names stay the model's."""
+    mine, first, last = range(rank, len(cuts), ranks), rank == 0, rank == ranks - 1
+    here = {i for stage in mine for i in cuts[stage]}
+    for i in range(len(model.layers)):
+        if i not in here:
+            model.layers[i] = nn.Identity()
+    if not first and not (last and _two_embeddings(model)):
+        model.embedding = nn.Identity()
+    found = [Stage(model, cuts[stage], stage == 0, stage == len(cuts) - 1) for stage in mine]
+    if not last:
+        model.norm_f, model.head, model.mtp = nn.Identity(), nn.Identity(), None
+    return found
 
 
 class _Attach(torch.autograd.Function):
@@ -529,28 +541,30 @@ class Master:
 
 
 class Optimizer:
-    """Megatron-core's data parallelism and AdamW around a stage, and the masters that it steps."""
+    """Megatron-core's data parallelism and AdamW around this rank's stages, and the masters that it steps."""
 
-    def __init__(self, stage: Stage, recipe: Recipe, world: Ranks, config: Any):
+    def __init__(self, model: HybridLM, stages: list[Stage], recipe: Recipe, world: Ranks, config: Any):
         optim, sharded = recipe.optim, recipe.parallel.distributed_optimizer
-        self.recipe, self.world, self.stage, self.sharded = recipe, world, stage, sharded
-        model, dtype = stage.model, getattr(torch, recipe.train.dtype)
+        self.recipe, self.world, self.model, self.sharded = recipe, world, model, sharded
+        dtype, first, last = getattr(torch, recipe.train.dtype), stages[0].first, stages[-1].last
         # The last stage's embedding is a copy: the first's is counted and written.
-        self.shares_embedding = world.layout.pp > 1 and stage.embeds and stage.copies_embedding
-        self.copied = {"embedding.weight"} if self.shares_embedding and not stage.first else set()
+        self.shares_embedding = first != last and _two_embeddings(model)
+        self.copied = {"embedding.weight"} if self.shares_embedding and not first else set()
         if self.shares_embedding:
-            model.embedding.weight.shared_embedding = True  # so that it is cut alike on both stages
-        self.ddp = DistributedDataParallel(
-            config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=dtype != torch.float64 and recipe.precision.reduce_dtype == "float32",
-                overlap_grad_reduce=True, use_distributed_optimizer=sharded,
-            ),
-            stage,
+            model.embedding.weight.shared_embedding = True  # so that it is cut alike on both ranks
+        reduction = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=dtype != torch.float64 and recipe.precision.reduce_dtype == "float32",
+            overlap_grad_reduce=True, use_distributed_optimizer=sharded,
         )  # fmt: skip
-        config.no_sync_func, config.finalize_model_grads_func = self.ddp.no_sync, self._finish_gradients
+        # Of a rank's later stages each is one bucket, as Megatron-core's own training has it.
+        self.ddp = [
+            DistributedDataParallel(config, reduction, s, disable_bucketing=i > 0) for i, s in enumerate(stages)
+        ]
+        pauses = [ddp.no_sync for ddp in self.ddp]
+        config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
+        config.finalize_model_grads_func = self._finish_gradients
         if world.device.type == "cpu":
-            megatron_cpu.as_cuda(stage.parameters())
+            megatron_cpu.as_cuda(model.parameters())
         # torch's AdamW, as the native engine's: other libraries keep the step elsewhere, and checkpoints would lose it.
         megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
         self.chain = get_megatron_optimizer(
@@ -559,7 +573,7 @@ class Optimizer:
                 adam_beta2=optim.betas[1], adam_eps=optim.eps, bf16=dtype == torch.bfloat16, params_dtype=dtype,
                 use_distributed_optimizer=sharded, clip_grad=0.0,
             ),
-            [self.ddp], self._overrides(), use_gloo_process_groups=False,
+            self.ddp, self._overrides(), use_gloo_process_groups=False,
         )  # fmt: skip
         self.parts = [o for o in self.chain.chained_optimizers if not getattr(o, "is_stub_optimizer", False)]
         self.masters = list(self._masters())
@@ -571,7 +585,7 @@ class Optimizer:
     def _overrides(self) -> dict[Any, dict[str, float]]:
         """The recipe's scales of learning rate and weight decay, as Megatron-core's groups take them."""
         optim, found = self.recipe.optim, {}
-        names = {p: name for name, p in self.stage.model.named_parameters()}
+        names = {p: name for name, p in self.model.named_parameters()}
         for lr, decay in sorted({scales(name, p, optim) for p, name in names.items()}):
 
             def mine(p: nn.Parameter, _: str, wanted: tuple = (lr, decay)) -> bool:
@@ -582,7 +596,7 @@ class Optimizer:
         return found
 
     def _masters(self) -> Iterator[Master]:
-        names = {p: name for name, p in self.stage.model.named_parameters()}
+        names = {p: name for name, p in self.model.named_parameters()}
         for each in self.parts:
             for group in each.optimizer.param_groups:
                 group["fused"], group["foreach"] = True, None  # the native engine's arithmetic
@@ -624,7 +638,8 @@ class Optimizer:
             if hasattr(each, "_copy_main_params_to_model_params"):
                 each._copy_main_params_to_model_params()
         if self.sharded:
-            self.ddp.start_param_sync(force_sync=True)
+            for ddp in self.ddp:
+                ddp.start_param_sync(force_sync=True)
 
     def step(self, norm: float, rate: float) -> None:
         """One AdamW step with gradients of this norm, clipped as the recipe says."""
@@ -640,7 +655,8 @@ class Optimizer:
             else:
                 each.step_with_ready_grads()
         if self.sharded:
-            self.ddp.start_param_sync()
+            for ddp in self.ddp:
+                ddp.start_param_sync()
         for master in self.masters:
             master.flat.grad = None
 
@@ -648,13 +664,14 @@ class Optimizer:
 
     def _finish_gradients(self, *_, **__) -> None:
         """After the last backward: gradients over data-parallel ranks, and of what several ranks hold a copy of."""
-        self.ddp.finish_grad_sync()
+        for ddp in self.ddp:
+            ddp.finish_grad_sync()
         tp = parallel_state.get_tensor_model_parallel_group()
         native.sum_flat_([p.main_grad for p in self.of_tokens], tp)
         for p in self.of_copies:
             self._sum_copies(p, tp)
         if self.shares_embedding:
-            dist.all_reduce(self.stage.model.embedding.weight.main_grad, group=parallel_state.get_embedding_group())
+            dist.all_reduce(self.model.embedding.weight.main_grad, group=parallel_state.get_embedding_group())
 
     @staticmethod
     def _sum_copies(parameter: nn.Parameter, tp: Any) -> None:
@@ -694,7 +711,7 @@ class Optimizer:
     def state_pieces(self, writing: bool) -> dict[str, Any]:
         """Masters and moments under the native engine's names, as rectangles of whole tensors, in place: what a
         checkpoint writes, or reads into before `spread`. Another stage's copies are read, not written."""
-        model: dict[str, Any] = dict(self.stage.model.named_buffers())
+        model: dict[str, Any] = dict(self.model.named_buffers())
         optim: dict[str, Any] = {}
         for master in self.masters:
             if writing and master.name in self.copied:
@@ -709,10 +726,17 @@ class Optimizer:
 # -------------------------------------------------------------------------------------------------------------- trainer
 
 
-def config_of(layout: Layout, hidden_size: int, dtype: torch.dtype = torch.float32, deterministic: bool = False):
-    """What Megatron-core's layers, schedule and data parallelism ask for; of the model only a width."""
+def config_of(
+    layout: Layout, hidden_size: int, dtype: torch.dtype = torch.float32, deterministic: bool = False, each: int = 1
+):
+    """What Megatron-core's layers, schedule and data parallelism ask for; of the model only a width. `each`: stages a
+    rank has."""
+    interleaved = each > 1
     return TransformerConfig(
-        num_layers=layout.pp, hidden_size=hidden_size, num_attention_heads=layout.tp,
+        virtual_pipeline_model_parallel_size=each if interleaved else None,
+        # Together, sends and receives between two ranks that are each other's next would mistake one for the other.
+        overlap_p2p_comm=interleaved, batch_p2p_comm=not interleaved,
+        num_layers=layout.pp * each, hidden_size=hidden_size, num_attention_heads=layout.tp,
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
         context_parallel_size=layout.cp, sequence_parallel=layout.sp, pipeline_dtype=dtype,
         params_dtype=torch.float64 if dtype == torch.float64 else torch.float32, bf16=dtype == torch.bfloat16,
@@ -729,17 +753,18 @@ class Trainer:
         self.recipe, self.world, self.layout = recipe, world, world.layout
         self.dtype = getattr(torch, recipe.train.dtype)
         hidden, exact = recipe.model.hidden_size, recipe.train.deterministic
-        self.config = config_of(self.layout, hidden, self.dtype, exact)
-        self.stage = self._build()
-        self.model = self.stage.model
+        cuts = stages(recipe.model, self.layout, recipe.data.seq_len)
+        self.config = config_of(self.layout, hidden, self.dtype, exact, len(cuts) // self.layout.pp)
+        self.model, self.stages = self._build(cuts)
         weights = self._initial(fresh)
-        self.optimizer = Optimizer(self.stage, recipe, world, self.config)
+        self.optimizer = Optimizer(self.model, self.stages, recipe, world, self.config)
         if weights is not None:
             self.optimizer.set_masters(weights)
 
     # ----------------------------------------------------------------------------------------------------------- build
 
-    def _build(self) -> Stage:
+    def _build(self, cuts: list[range]) -> tuple[HybridLM, list[Stage]]:
+        """The model with this rank's layers, and the stages they are in."""
         recipe = self.recipe
         try:
             formats = number_formats(recipe.model, recipe.precision)
@@ -755,18 +780,17 @@ class Trainer:
         model.dtype = self.dtype
         model.head.chunk = recipe.train.loss_chunk
         model.recompute = recipe.train.recomputed
-        cuts = stages(recipe.model, self.layout, recipe.data.seq_len)
-        stage = Stage(model, cuts, parallel_state.get_pipeline_model_parallel_rank())
+        found = stages_here(model, cuts, parallel_state.get_pipeline_model_parallel_rank(), self.layout.pp)
         for parameter in model.parameters():
             if not hasattr(parameter, "part"):
                 parameter.part = Part.replicated(parameter.shape, layers.ranks)  # type: ignore[attr-defined]
         kept = {name: vars(parameter) for name, parameter in model.named_parameters()}
-        stage.to_empty(device=self.world.device)
-        if recipe.model.tie_word_embeddings and stage.last:
+        model.to_empty(device=self.world.device)
+        if recipe.model.tie_word_embeddings and found[-1].last:
             model.head.weight = model.embedding.weight
         for name, parameter in model.named_parameters():
             vars(parameter).update(kept[name])
-        return stage.train()
+        return model.train(), found
 
     def _initial(self, fresh: bool) -> dict[str, Tensor] | None:
         """Initial weights, in full precision, before what may be cast is cast."""
@@ -802,7 +826,8 @@ class Trainer:
         counts = torch.stack([tokens.label_counts() for tokens in batches]).sum(0)
         dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
         normalizers = Normalizers(counts.double().tolist(), float(self.recipe.train.global_batch_size))
-        self.optimizer.ddp.zero_grad_buffer()
+        for ddp in self.optimizer.ddp:
+            ddp.zero_grad_buffer()
         measured = self._run([sequence.cut(tokens, cp.rank(), cp.size()) for tokens in batches], normalizers)
         sums = self._sum(measured, stopping)
         norm = float(self.optimizer.norm())
@@ -810,7 +835,8 @@ class Trainer:
         finite = math.isfinite(norm) and all(math.isfinite(loss) for loss in losses)
         if finite:
             self.optimizer.step(norm, rate)
-            update_router_biases(self.model, {n: c for n, c in sums["counts"].items() if self.stage.has(n)})
+            here = {name for name, module in self.model.named_modules() if isinstance(module, Layer)}
+            update_router_biases(self.model, {n: c for n, c in sums["counts"].items() if n in here})
         return StepResult(losses, float(sums["aux"]), norm, finite, sums["stopping"], sums["counts"])
 
     @property
@@ -825,17 +851,18 @@ class Trainer:
         # Ranks that see the same tokens round alike, so that what they hold copies of stays equal.
         rank = self.world.rank if self.layout.sp else self.world.rank // self.layout.tp
 
-        def forward(iterator, model):
-            numbers.begin(len(measured), rank)
-            output, found = model(next(iterator), normalizers)
+        def forward(iterator, stage):
+            micro, tokens = next(iterator)
+            numbers.begin(micro, rank)
+            output, found = stage(tokens, normalizers)
             measured.append(found)
             return output, lambda loss: (loss, torch.zeros((), dtype=torch.int), {})
 
         ctx = batches[0].contexts[0]
         get_forward_backward_func()(
-            forward_step_func=forward, data_iterator=iter(batches), model=[self.optimizer.ddp],
-            num_microbatches=len(batches), seq_length=ctx.batch * ctx.length * self.layout.cp, micro_batch_size=1,
-            forward_only=forward_only,
+            forward_step_func=forward, data_iterator=[enumerate(batches) for _ in self.stages],
+            model=self.optimizer.ddp, num_microbatches=len(batches), micro_batch_size=1,
+            seq_length=ctx.batch * ctx.length * self.layout.cp, forward_only=forward_only,
         )  # fmt: skip
         return measured
 
@@ -873,7 +900,7 @@ class Trainer:
         cp, depth = parallel_state.get_context_parallel_group(), self.depth
         totals = torch.zeros(2 * depth + 3, dtype=torch.float64, device=self.world.device)
         ranks = self.layout.tp * self.layout.cp * self.layout.pp  # that read the same rows
-        self.stage.eval()
+        self.model.eval()
         for batch in batches:
             micros = batch.to(self.world.device).split(self.recipe.train.micro_batch_size)
             found = [Tokens.of(m.input_ids, m.doc_ids, m.labels, depth) for m in micros]
@@ -881,10 +908,12 @@ class Trainer:
                 totals[depth + 1 : -1] += tokens.label_counts()
                 totals[-1] += byte_lengths[tokens.labels[0][tokens.labels[0] != IGNORE]].sum()
             cut = [sequence.cut(tokens, cp.rank(), cp.size()) for tokens in found]
-            for each in self._run(cut, Normalizers([1.0] * (depth + 1), 1.0), forward_only=True):
-                if "losses" in each:
-                    totals[: depth + 1] += each["losses"].double()
-        self.stage.train()
+            if len(self.stages) > 1:  # interleaved stages take a multiple of pp: some twice, whose losses do not count
+                cut += [cut[-1]] * (-len(cut) % self.layout.pp)
+            measured = self._run(cut, Normalizers([1.0] * (depth + 1), 1.0), forward_only=True)
+            for each in [each for each in measured if "losses" in each][: len(found)]:
+                totals[: depth + 1] += each["losses"].double()
+        self.model.train()
         dist.all_reduce(totals)
         totals[: depth + 1] /= self.layout.tp
         totals[depth + 1 :] /= ranks

@@ -69,8 +69,15 @@ def test_legal(sizes):
             ["parallel.pp is 8, more than the 3 layers (nearest: 3)"],
         ),
         (
-            {"pp": 2, "config": ModelConfig(pattern="M|*|M|E")},
-            ["parallel.pp is 2, and the pattern is cut into 4 stages (nearest: 4)"],
+            {"pp": 2, "config": ModelConfig(pattern="M|*|E")},
+            ["parallel.pp is 2, which does not divide the 3 stages of the pattern (nearest: 1, 3)"],
+        ),
+        (
+            {"pp": 2, "config": ModelConfig(pattern="M|*|M|E"), "global_batch": 12},
+            [
+                "train.global_batch_size is 12, 3 micro batches for each data parallel rank, and interleaved stages "
+                "take a multiple of parallel.pp = 2 (nearest: 8, 16)"
+            ],
         ),
         ({"cp": 4, "seq_len": 100}, ["data.seq_len is 100, no multiple of 2 x parallel.cp = 8 (nearest: 96, 104)"]),
         (
@@ -105,7 +112,9 @@ def test_published_layouts_of_super_are_legal():
 
 
 def test_cuts_decide_stages():
-    assert stages(ModelConfig(pattern="ME|M*E|-"), Layout(pp=3), 256) == [range(0, 2), range(2, 5), range(5, 6)]
+    config = ModelConfig(pattern="ME|M*E|-")
+    assert stages(config, Layout(pp=3), 256) == [range(0, 2), range(2, 5), range(5, 6)]
+    assert stages(config, Layout(), 256) == [range(0, 6)]
 
 
 @pytest.mark.parametrize("pp", [1, 2, 3, 4])

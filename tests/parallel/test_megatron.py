@@ -39,10 +39,13 @@ CASES = [
     (4, {"tp": 2, "pp": 2}),
     (4, {"cp": 2, "tp": 2}),
     (4, {"pp": 2, "ep": 2}),
+    (2, {"pp": 2, "pattern": "M|E*|EM|*E"}),  # two stages a rank, interleaved
+    (4, {"pp": 4, "pattern": "M|E|*|E|M|*|E|M", "tied": True}),
     (4, {"cp": 2, "tp": 2, "sp": False, "ep": 4}),
     (4, {"cp": 4}),
     (8, {"tp": 2, "ep": 2}),
     (8, {"tp": 2, "pp": 2, "cp": 2, "ep": 4}),
+    (8, {"tp": 2, "pp": 2, "ep": 4, "pattern": "M|E*|EM|*E|E|M"}),
     (8, {"tp": 2, "pp": 2, "cp": 2, "ep": 4, "distributed_optimizer": False}),
 ]
 STEPS, LONG = 5, 20
@@ -122,6 +125,7 @@ SAVED = {
     "cp": (2, {"cp": 2}),
     "copies": (4, {"tp": 4}),
     "plain": (2, {"distributed_optimizer": False}),
+    "interleaved": (2, {"pp": 2, "pattern": "M|E*E|M*|E"}),
     "all": (8, {"tp": 2, "pp": 2, "cp": 2, "ep": 4}),
 }
 READERS = {  # --every-pair reads all
@@ -131,7 +135,8 @@ READERS = {  # --every-pair reads all
     "cp": ["all", "tp", "plain"],
     "copies": ["tp", "ep", "all"],
     "plain": ["all", "copies", "tp"],
-    "all": ["pp", "ep", "copies"],
+    "interleaved": ["pp", "all"],
+    "all": ["interleaved", "ep", "copies"],
 }
 
 
@@ -190,6 +195,7 @@ def test_bfloat16_keeps_its_masters(ranks, tmp_path):
         (2, {"tp": 2, "sp": False}),
         (2, {"ep": 2}),
         (2, {"pp": 2}),
+        (2, {"pp": 2, "pattern": "M|E*|EM|*E"}),
         (4, {"cp": 4}),
         (4, {"tp": 2, "ep": 4}),
         (8, {"tp": 2, "pp": 2, "cp": 2, "ep": 4}),
