@@ -1,6 +1,6 @@
 """What each choice of the NVFP4 recipe does to the loss: the same small hybrid trained once an arm and seed.
 
-    python benchmarks/precision.py                    # all arms, three seeds: about an hour on two cores
+    python benchmarks/precision.py                    # all arms: an hour and a half on two cores
     python benchmarks/precision.py --arms bf16 super  # some of them
     python benchmarks/precision.py --draw             # the table and the picture again, from the runs there are
     python benchmarks/precision.py --cost             # time and memory of a step beside bf16's
@@ -31,6 +31,7 @@ PICTURE = ROOT / "docs" / "images" / "precision.svg"
 RECIPE = "recipes/precision/ablation.yaml"
 RUNS = Path("runs/precision")
 SEEDS = (0, 1, 2)
+MORE_SEEDS = {"bf16": (3, 4), "super": (3, 4)}  # of the two whose difference decides: with three its interval is wide
 SUPER = "preset: nemotron3_super_nvfp4"
 # Arm -> what the table calls it, and `precision` of the recipe.
 ARMS: dict[str, tuple[str, str]] = {
@@ -102,7 +103,9 @@ def make_tokenizer() -> None:
 def run_all(arms: list[str], seeds: list[int], at_once: int) -> None:
     make_tokenizer()
     steps = steps_of_recipe()
-    left = [(arm, seed) for seed in seeds for arm in arms if not finished(arm, seed, steps)]
+    wanted = [(arm, seed) for seed in seeds for arm in arms]
+    wanted += [(arm, seed) for arm in arms for seed in MORE_SEEDS.get(arm, ())]
+    left = [(arm, seed) for arm, seed in wanted if not finished(arm, seed, steps)]
     print(f"{len(left)} runs of {steps} steps, {at_once} at a time", flush=True)
     with ThreadPoolExecutor(at_once) as pool:
         for job in [pool.submit(train, arm, seed) for arm, seed in left]:
@@ -129,7 +132,7 @@ def curve(arm: str, seed: int) -> dict[int, float]:
 
 def summary(arms: list[str], seeds: list[int]) -> dict[str, Any]:
     """Every arm's losses and its paired difference from BF16, relative, at every validation."""
-    curves = {arm: [curve(arm, seed) for seed in seeds] for arm in arms}
+    curves = {arm: [curve(arm, seed) for seed in (*seeds, *MORE_SEEDS.get(arm, ()))] for arm in arms}
     last = max(curves["bf16"][0])
     found = {}
     for arm in arms:
@@ -142,6 +145,7 @@ def summary(arms: list[str], seeds: list[int]) -> dict[str, Any]:
         found[arm] = {
             "label": ARMS[arm][0], "precision": ARMS[arm][1], "val_loss": [c.get(last) for c in curves[arm]],
             "val_loss_50": [c.get(50) for c in curves[arm]], "differences": differences,
+            "seconds": [records(arm, seed)[-1]["elapsed_seconds"] for seed in (*seeds, *MORE_SEEDS.get(arm, ()))],
             "tokens_per_second": [_speed(arm, seed) for seed in seeds], "flushed": _flushed(arm, seeds[0]),
         }  # fmt: skip
     return {"steps": last, "tokens": _tokens(arms[0], seeds[0]), "arms": found}
@@ -316,14 +320,16 @@ def main() -> None:
     else:
         if not args.draw:
             run_all(args.arms, args.seeds, args.at_once)
-        done = [arm for arm in ARMS if all(finished(arm, seed, steps_of_recipe()) for seed in args.seeds)]
+        steps = steps_of_recipe()
+        done = [
+            arm for arm in ARMS if all(finished(arm, seed, steps) for seed in (*args.seeds, *MORE_SEEDS.get(arm, ())))
+        ]
         if "bf16" not in done:
             raise SystemExit("differences are from bf16, and its runs are not all there: add bf16 to --arms")
         found = summary(done, args.seeds)
         show(found)
         # Of the runs themselves, which may have gone on in several pieces.
-        seconds = sum(records(arm, seed)[-1]["elapsed_seconds"] for arm in done for seed in args.seeds)
-        minutes = seconds / 60 / args.at_once
+        minutes = sum(sum(arm["seconds"]) for arm in found["arms"].values()) / 60 / args.at_once
         result = {
             "command": "python benchmarks/precision.py", "machine": machine(), "recipe": RECIPE, "seeds": args.seeds,
             "minutes": minutes, **found, **({"cost": known["cost"]} if "cost" in known else {}),
