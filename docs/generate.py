@@ -343,7 +343,9 @@ def _formats(found: list[dict[str, Any]]) -> list[str]:
     bf16 = result["arms"]["bf16"]
     below = ", ".join(f"{1 - late / early:.0%}" for early, late in zip(bf16["val_loss_50"], bf16["val_loss"]))
     lines = [FORMATS_INTRO, *_source(result)]
-    lines += [f"{result['steps']} steps, {result['tokens'] / 1e6:.2f} M tokens, {len(result['seeds'])} seeds; "
+    most = max(len(arm["val_loss"]) for arm in result["arms"].values())
+    more = f", {most} of the first two arms" if most > len(result["seeds"]) else ""
+    lines += [f"{result['steps']} steps, {result['tokens'] / 1e6:.2f} M tokens, {len(result['seeds'])} seeds{more}; "
               f"{result['minutes']:.0f} minutes in all. BF16 ends {below} below its loss at step 50.", ""]  # fmt: skip
     lines += [*_table(["arm", "precision", "validation loss", "over BF16"], rows), ""]
     for name, title in (("super", "the Super recipe"), ("all_nvfp4", "every linear in NVFP4")):
