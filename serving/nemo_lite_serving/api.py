@@ -39,7 +39,7 @@ from nemo_lite.generate import Sampling
 from nemo_lite_serving import guides
 from nemo_lite_serving import text as texts
 from nemo_lite_serving.chat import ChatTemplate
-from nemo_lite_serving.parsers import Content, OutputParser, Reasoning, ToolCallDelta, ToolCallStart
+from nemo_lite_serving.parsers import MARKERS, Content, OutputParser, Reasoning, ToolCallDelta, ToolCallStart
 from nemo_lite_serving.process import EngineDead
 from nemo_lite_serving.protocol import Counts, EngineInfo, EngineStats, Guide, Output, Request, Thinking
 from nemo_lite_serving.schemas import (
@@ -80,8 +80,6 @@ BODY_SECONDS = 60.0  # a client has as long to send its request, and to take one
 LONG_TEXT = 20_000  # characters that are worth a thread to tokenise
 LONG_BODY = 200_000  # bytes that are worth a thread to parse
 GREEDY_BELOW = 1e-5  # a temperature below would overflow the logits; vLLM's limit
-# Special tokens that are part of the answer's form, so that the parsers must see them.
-MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<TOOLCALL>", "</TOOLCALL>")
 
 
 class Client(Protocol):

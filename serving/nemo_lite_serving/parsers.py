@@ -279,6 +279,8 @@ _CALL, _LIST = "<tool_call>", "<TOOLCALL>"
 _END_PARAMETER, _END_FUNCTION, _END_CALL, _END_LIST = "</parameter>", "</function>", "</tool_call>", "</TOOLCALL>"
 _CLOSERS = (_END_CALL, _END_LIST, _END_FUNCTION, _END_PARAMETER)
 _PARAMETER = "<parameter="
+# Where these are special tokens, detokenisation must not leave them out.
+MARKERS = (_THINK, _END_THINK, _CALL, _END_CALL, _LIST, _END_LIST)
 
 _SPACE = re.compile(r"\s*")
 _BREAKS = re.compile(r"[\r\n]*")
