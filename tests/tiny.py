@@ -1,5 +1,7 @@
 """What many tests share: tiny models whose every parameter matters, and comparisons that say how far off they are."""
 
+import copy
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,6 +48,24 @@ def tiny_model(config: ModelConfig, seed: int = 0, dtype: torch.dtype | None = N
         elif "norm" in name or name.endswith(".D"):
             tensor.uniform_(0.5, 1.5, generator=generator)
     return (model.to(dtype) if dtype is not None else model).eval()
+
+
+@torch.no_grad()
+def wider_heads(model, width=32):
+    """The same model with attention heads of `width`, zeros beyond: vLLM has none of 16 on a CPU."""
+    config, narrow = copy.deepcopy(model.config), model.config.head_dim
+    config.head_dim = width
+    made = HybridLM(config)
+    old = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, new in [*made.named_parameters(), *made.named_buffers()]:
+        value, dim = old[name], 1 if ".o_proj." in name else 0
+        if value.shape != new.shape:
+            if ".q_proj." in name:  # scores are divided by sqrt(width)
+                value = value * (width / narrow) ** 0.5
+            new = new.zero_().unflatten(dim, (-1, width)).narrow(dim + 1, 0, narrow)
+            value = value.unflatten(dim, (-1, narrow))
+        new.copy_(value)
+    return made
 
 
 def random_ids(config: ModelConfig, *shape: int, seed: int = 0) -> torch.Tensor:

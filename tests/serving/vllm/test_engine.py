@@ -1,0 +1,166 @@
+"""vLLM on this CPU with the mends of nemo_lite_serving.vllm: its tokens are those of the model, MTP off and on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rigged import rigged_model
+from tiny import tiny_config, tiny_model, wider_heads
+
+from nemo_lite import HybridLM
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+}  # fmt: skip
+pytest.importorskip("vllm", reason="vLLM is not installed here (make vllm)")
+from nemo_lite_serving.vllm import plugin
+
+pytestmark = pytest.mark.vllm
+
+NEW = 32
+RANDOM = torch.Generator().manual_seed(0)
+PROMPTS = [torch.randint(1, 240, (n,), generator=RANDOM).tolist() for n in (2, 135, 1, 40, 7, 64, 3, 90)]
+ROOT = Path(__file__).parents[3]
+TRAINED, RECIPE = ROOT / "tests/fixtures/tiny_trained", ROOT / "tests/recipes/resume.yaml"
+SIZES = {
+    "vocab_size": 256, "hidden_size": 64, "head_dim": 32, "mamba_head_dim": 32, "ssm_state_size": 32,
+    "moe_latent_size": 32, "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 64,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Name -> MODEL_DIR: every parameter random, in float32, as their routers choose other experts in bfloat16; in
+    bfloat16 one whose drafts are accepted about half the time, one trained on text, one with linears and experts in
+    NVFP4."""
+    folder = tmp_path_factory.mktemp("models")
+    made = {
+        "random": tiny_model(tiny_config("MEM*E", "*E", **SIZES)),
+        "dense": tiny_model(tiny_config("M-M*-", "", **SIZES)),
+        "wide": tiny_model(tiny_config("MEM*E", "*E", **SIZES | {"moe_latent_size": None})),
+        "half": rigged_model(0.5, vocab=240, hidden_size=256).bfloat16(),
+        "trained": wider_heads(HybridLM.from_pretrained(TRAINED)).bfloat16(),
+    }
+    for name, model in made.items():
+        model.save_pretrained(folder / name)
+    run = folder / "run"
+    arguments = [
+        f"run_dir={run}", "train.steps=3", "schedule.warmup_steps=1", "checkpoint.every=3", "train.dtype=bfloat16",
+        "model.head_dim=32", "precision=nemotron3_super_nvfp4",
+    ]  # fmt: skip
+    for words in (
+        ["train", str(RECIPE), *arguments],
+        ["export", str(run), "--to", str(folder / "nvfp4"), "--format", "nvfp4"],
+    ):
+        subprocess.run([sys.executable, "-m", "nemo_lite", *words], cwd=ROOT, check=True, capture_output=True)
+    return {name: str(folder / name) for name in (*made, "nvfp4")}
+
+
+def answers(path, drafts=0, prompts=None, count=None, **options):
+    """What vLLM answers, greedily or as `options` of sampling say: tokens of every answer, and what it counted."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    most = options.pop("max_num_batched_tokens", None)
+    sampling = SamplingParams(
+        **{"temperature": 0, "max_tokens": NEW, "ignore_eos": True, "detokenize": False} | options
+    )
+    stored = json.loads((Path(path) / "config.json").read_text())["dtype"]
+    llm = LLM(
+        path, dtype=stored, skip_tokenizer_init=True, max_model_len=512, max_num_seqs=8, enforce_eager=True,
+        enable_prefix_caching=False, kv_cache_memory_bytes=1 << 27, max_num_batched_tokens=most,
+        disable_log_stats=False,
+        speculative_config={"method": "mtp", "num_speculative_tokens": drafts} if drafts else None,
+    )  # fmt: skip
+    try:
+        found = llm.generate([{"prompt_token_ids": p} for p in prompts or PROMPTS], sampling, use_tqdm=False)
+        counted = {m.name: m.value for m in llm.get_metrics() if "spec_decode" in m.name and hasattr(m, "value")}
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+    tokens = [list(each.token_ids) for one in found for each in one.outputs]
+    return tokens, counted.get("vllm:spec_decode_num_accepted_tokens"), counted.get("vllm:spec_decode_num_draft_tokens")
+
+
+def gaps(path, prompts, tokens):
+    """For every answered token, by how much the log-probability of the model's most likely one is above it."""
+    model, found = HybridLM.from_pretrained(path, dtype=torch.float32), []
+    for prompt, answer in zip(prompts, tokens, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        said = logits.log_softmax(-1)
+        found.append(said.amax(-1) - said[torch.arange(len(answer)), answer])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize(
+    "name,drafts,options",
+    [
+        ("random", 0, {}),
+        ("random", 2, {}),
+        ("dense", 0, {}),
+        ("wide", 1, {}),
+        ("half", 0, {"max_num_batched_tokens": 64}),
+        ("half", 1, {}),
+        ("half", 2, {"max_num_batched_tokens": 64}),  # prompts in pieces
+        ("half", 3, {}),
+        ("half", 4, {}),
+        ("trained", 0, {}),
+        ("trained", 3, {}),
+        ("nvfp4", 2, {}),
+    ],
+)
+def test_greedy_tokens_are_the_model_s(models, name, drafts, options):
+    """Eight requests at once. Within 0.1 in log-probability: products in bfloat16 tell closer ones apart by chance."""
+    tokens, accepted, drafted = answers(models[name], drafts, **options)
+    worst = gaps(models[name], PROMPTS, tokens).amax(1)
+    assert worst.max() < 0.1, worst
+    if drafts and name != "random":
+        assert 0 < accepted < drafted
+
+
+def test_the_plugin_is_for_one_version_and_for_cpus(monkeypatch):
+    import vllm
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    with pytest.raises(RuntimeError, match=r"nemo_lite mends vLLM 0\.32\.0 on a CPU, and this is 0\.33\.0: install"):
+        plugin.register()
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    plugin.register()
+
+
+@pytest.mark.parametrize("op", ["causal_conv1d_update", "selective_state_update"])
+def test_without_a_mend_drafts_spoil_the_answers(models, op, monkeypatch):
+    """What is told in docs/vllm.md is seen here: when it no longer is, the mend can go."""
+    from vllm.model_executor.layers.mamba import mamba_mixer2
+
+    monkeypatch.setattr(mamba_mixer2, op, plugin.replaced[op])
+    tokens, _, _ = answers(models["half"], 2)
+    assert gaps(models["half"], PROMPTS, tokens).max() > 0.5
+
+
+def test_sampled_tokens_are_distributed_alike_with_and_without_drafts(models):
+    """Temperature 1: the second token after a prompt in 512 answers, by a chi-square test against the model's own."""
+    model = HybridLM.from_pretrained(models["half"], dtype=torch.float32)
+    prompt = PROMPTS[4]
+    with torch.no_grad():
+        first = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+        rows = torch.tensor([[*prompt, t] for t in range(len(first))])
+        second = first.double() @ model(rows).logits[:, -1].double().softmax(-1)
+    often = second.topk(12).indices
+    for drafts in (0, 3):
+        tokens, accepted, _ = answers(
+            models["half"], drafts, prompts=[prompt] * 64, n=8, temperature=1.0, max_tokens=3, seed=1
+        )
+        seen = torch.bincount(torch.tensor([t[1] for t in tokens]), minlength=len(second)).double()[often]
+        seen, expected = (torch.cat([t, n - t.sum()[None]]) for t, n in ((seen, len(tokens)), (second[often], 1)))
+        chi2 = float((seen - len(tokens) * expected).square().div(len(tokens) * expected).sum())
+        assert len(tokens) == 512 and chi2 < 38, f"{drafts} drafts: {chi2:.1f}"  # 12 degrees of freedom: p = 1.5e-4
+        assert not drafts or accepted > 0
