@@ -31,18 +31,20 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 
 
 def export(
-    source: Path, target: Path, dtype: str | None = None, format: str | None = None, calibration_rows: int = 8
-) -> dict:
+    source: Path, target: Path, dtype: str | None = None, format: str | None = None, calibration_rows: int = 8,
+    reader: str | None = None,
+) -> dict:  # fmt: skip
     """Write the MODEL_DIR `target` from a run or checkpoint; facts about it. The target appears whole or not at all.
 
     format             "nvfp4" or "fp8": linears that were trained in it are written in it, the others in `dtype` (then
                        bfloat16 by default)
     calibration_rows   rows of the run's training data that the ranges of their inputs are measured on
+    reader             "vllm": a model that vLLM cannot serve is refused, and nothing written
     """
     import torch
 
     from nemo_lite.data import load_tokenizer
-    from nemo_lite.model.hf import materialise
+    from nemo_lite.model.hf import materialise, vllm_problems
     from nemo_lite.model.hybrid import HybridLM
     from nemo_lite.parallel.layers import Layers
     from nemo_lite.precision.recipe import formats
@@ -52,6 +54,8 @@ def export(
     if target.exists() and not (target / "config.json").exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is no MODEL_DIR; it is left as it is")
     recipe = load_recipe(run_dir / "recipe.yaml", resolved=True)
+    if reader == "vllm" and (problems := vllm_problems(recipe.model)):
+        raise UserError(f"{run_dir}: {problems[0]}; nothing is written")
     gemms = formats(recipe.model, recipe.precision)
     trained = {name: g for name, g in gemms.items() if g.fprop == format}
     if format is not None and not trained:
@@ -180,11 +184,12 @@ def main(argv: list[str]) -> int:
         "--calibration-rows", type=int, default=8, metavar="N",
         help="with --format: rows of the run's data that input ranges are measured on (default: 8)",
     )  # fmt: skip
+    parser.add_argument("--for", dest="reader", choices=["vllm"], help="refuse what that cannot serve")
     parser.add_argument("--json", action="store_true", help="print the facts as one JSON object")
     args = parser.parse_args(argv)
     if args.calibration_rows < 1:
         raise UserError(f"--calibration-rows {args.calibration_rows}: at least one row is needed")
-    facts = export(args.source, args.to, args.dtype, args.format, args.calibration_rows)
+    facts = export(args.source, args.to, args.dtype, args.format, args.calibration_rows, args.reader)
     if args.json:
         print(json.dumps(facts))
     else:

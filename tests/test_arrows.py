@@ -82,6 +82,14 @@ def test_optional_packages_are_imported_where_they_are_used():
                 assert not at_the_top & OPTIONAL, file
 
 
+def test_vllm_is_imported_in_its_folder_alone():
+    serving = ROOT / "serving" / "nemo_lite_serving"
+    for file in (*MODEL.rglob("*.py"), *KERNELS.rglob("*.py"), *serving.rglob("*.py")):
+        names = {name for name, _ in imports(file)}
+        assert "vllm" not in names or file.parent == serving / "vllm", file
+    assert "vllm" not in {name for name, _ in imports(serving / "vllm" / "launch.py")}, "the launcher needs no vLLM"
+
+
 def test_the_model_reads_no_recipe_engine():
     """model/ is below training, data and evaluation; of train/ it knows the loss."""
     for file in (MODEL / "model").glob("*.py"):

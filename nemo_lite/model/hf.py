@@ -244,6 +244,18 @@ def load_config(model_dir: str | Path) -> ModelConfig:
     return config
 
 
+def vllm_problems(config: ModelConfig) -> list[str]:
+    """What keeps vLLM (0.32) from serving a model, a sentence each."""
+    found = []
+    if wrong := sorted(set(config.mtp_layers) - {patterns.ATTENTION, patterns.MOE}):
+        found.append(f"its MTP block {config.mtp_layers} has {', '.join(wrong)}, and vLLM has * and E there only")
+    if patterns.MAMBA not in config.layers:
+        found.append(f"its pattern {config.layers} has no Mamba-2 layer, without which vLLM does not start")
+    if config.tie_word_embeddings:
+        found.append("its head is tied to its embedding, and vLLM reads a head of its own")
+    return found
+
+
 # ------------------------------------------------------------------------------------------------------------- files
 
 

@@ -30,10 +30,21 @@ CANCEL_SECONDS = 5  # for what was cancelled at the end of the grace period to s
 def main(argv: list[str], factory: str = NATIVE) -> int:
     """`nemo-lite serve MODEL_DIR`; `factory` is the module:function that builds the engine."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    at = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:at])
+    args.vllm_args = argv[at + 1 :]
     _check(parser, args)
     if not (Path(args.model_dir) / "config.json").is_file():
         raise UserError(f"{args.model_dir} is no MODEL_DIR: it has no config.json")
+    args.why = None
+    if args.engine != "native":
+        from nemo_lite_serving.vllm import launch
+
+        if args.engine == "auto":
+            args.engine, args.why = launch.choose(args)
+        if args.engine == "vllm":
+            return launch.run(args)
+    _check_native(parser, args)
     for module in ("fastapi", "uvicorn", "prometheus_client", "jinja2"):
         try:
             importlib.import_module(module)
@@ -53,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nemo-lite serve",
         description="Serve a MODEL_DIR behind the OpenAI API, with a page to try it at /. Ctrl-C finishes what runs.",
+        epilog="With --engine vllm, what follows -- goes to vLLM as it is: -- --tensor-parallel-size 8",
     )
     parser.add_argument("model_dir", metavar="MODEL_DIR")
     parser.add_argument("--served-model-name", metavar="NAME", help="name in the API (default: MODEL_DIR as given)")
@@ -62,21 +74,22 @@ def _parser() -> argparse.ArgumentParser:
         "--engine",
         choices=["auto", "native", "vllm"],
         default="auto",
-        help="what computes (default: auto, which is native)",
+        help="what computes (default: auto, which is vllm where it is installed and there is a GPU)",
     )
     add("--speculative", choices=["mtp"], help="draft with the model's own MTP block (default: off)")
     add("--draft-tokens", type=_draft_tokens, metavar="auto|N", help="drafts a step (default: auto, as it pays)")
     add("--dtype", choices=["float32", "bfloat16", "float64"], help="number format (default: as stored)")
-    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--device", help="cpu or cuda (default: cpu; with vllm, what it is built for)")
     add("--threads", type=_positive, metavar="N", help="torch threads (default: torch's choice)")
     add("--quantization", choices=["int8", "int4"], help="pack weights as they are read (default: no)")
     add("--kernels", metavar="OP=NAME[,...]", help="backends of ops (default: auto; nemo-lite kernels lists them)")
+    add("--print-command", action="store_true", help="with vllm: print what would be run (default: run it)")
 
     add = parser.add_argument_group("memory and batching").add_argument
     add("--max-model-len", type=_positive, metavar="N", help="tokens a sequence at most (default: the model's)")
-    add("--max-num-seqs", type=_positive, default=32, metavar="N", help="sequences computed at once (default: 32)")
-    add("--max-num-batched-tokens", type=_positive, default=512, metavar="N", help="tokens a step (default: 512)")
-    add("--block-size", type=_positive, default=16, metavar="N", help="tokens of a KV block (default: 16)")
+    add("--max-num-seqs", type=_positive, metavar="N", help="sequences computed at once (default: 32, or vllm's)")
+    add("--max-num-batched-tokens", type=_positive, metavar="N", help="tokens a step (default: 512, or vllm's)")
+    add("--block-size", type=_positive, metavar="N", help="tokens of a KV block (default: 16)")
     what = "memory for KV blocks and Mamba states (default: what full use needs, at most half of what is free)"
     add("--memory-gib", type=_positive_float, metavar="G", help=what)
     add("--no-enable-prefix-caching", action="store_true", help="compute every prompt whole (default: prefixes kept)")
@@ -103,15 +116,15 @@ def _parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("limits").add_argument
     what = "largest request body (default: 8388608, 8 MiB)"
-    add("--max-request-bytes", type=_positive, default=8 << 20, metavar="N", help=what)
+    add("--max-request-bytes", type=_positive, metavar="N", help=what)
     what = "answers made or waiting, beyond which requests get 429 (default: 256)"
-    add("--max-queue", type=_positive, default=256, metavar="N", help=what)
+    add("--max-queue", type=_positive, metavar="N", help=what)
     what = "seconds a request may take; 0: no limit (default: 600)"
-    add("--request-timeout", type=_seconds, default=600.0, metavar="S", help=what)
+    add("--request-timeout", type=_seconds, metavar="S", help=what)
     what = "seconds that running requests may go on when the server is stopped (default: 30)"
     add("--shutdown-grace", type=_seconds, default=30.0, metavar="S", help=what)
     what = "if the engine dies: start it again, or end the server with an error (default: restart)"
-    add("--on-engine-death", choices=["restart", "exit"], default="restart", help=what)
+    add("--on-engine-death", choices=["restart", "exit"], help=what)
     add("--log-prompts", action="store_true", help="prompt text in the access log (default: never)")
     return parser
 
@@ -153,8 +166,26 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--ssl-keyfile needs --ssl-certfile")
     if not 0 <= args.port < 65536:
         parser.error(f"--port must be between 0 and 65535, not {args.port}")
-    if args.engine == "vllm":
-        raise UserError("vLLM is not supported yet; use --engine native")
+
+
+# What the native engine takes where nothing is said; vLLM has its own.
+NATIVE_DEFAULTS = {
+    "device": "cpu", "max_num_seqs": 32, "max_num_batched_tokens": 512, "block_size": 16, "max_request_bytes": 8 << 20,
+    "max_queue": 256, "request_timeout": 600.0, "on_engine_death": "restart",
+}  # fmt: skip
+
+
+def _check_native(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.vllm_args or args.print_command:
+        parser.error(f"{'what follows --' if args.vllm_args else '--print-command'} needs --engine vllm")
+    for name, value in NATIVE_DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def keys_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """API keys that a client must send one of; none where nobody asks for one."""
+    return tuple(key for key in args.api_key or [os.environ.get(KEY_VARIABLE, "")] if key)
 
 
 def _check_tls(certificate: str | None, key: str | None) -> None:
@@ -222,11 +253,10 @@ async def _serve(args: argparse.Namespace, factory: str, sock: socket.socket) ->
 
     _set_up_logs()
     name = args.served_model_name or args.model_dir
-    keys = args.api_key or [os.environ.get(KEY_VARIABLE, "")]
     settings = ApiSettings(
         model_dir=args.model_dir,
         served_model_name=name,
-        api_keys=tuple(key for key in keys if key),
+        api_keys=keys_of(args),
         allowed_origins=tuple(args.allowed_origins),
         max_request_bytes=args.max_request_bytes,
         max_queue=args.max_queue,
@@ -269,6 +299,8 @@ async def _serve(args: argparse.Namespace, factory: str, sock: socket.socket) ->
     except EngineDead as error:
         raise UserError(str(error)) from error
     try:
+        if args.why:
+            print(f"engine: native; {args.why}", flush=True)
         for line in client.info.capacity:
             print(line, flush=True)
         app = create_app(client, settings, Metrics(name, client.info.max_model_len))

@@ -126,7 +126,8 @@ class Server:
 def test_a_server_outlives_its_engine_finishes_what_runs_and_exits_0(model_dir):
     hold = model_dir / "hold"
     with Server(model_dir, "--served-model-name", "tiny", "--shutdown-grace", "50") as server:
-        assert server.printed[0] == "nothing needs memory here"
+        assert server.printed[0].startswith("engine: native; ")
+        assert server.printed[1] == "nothing needs memory here"
         assert server.get("/health") == 200
         status, body = server.post()
         assert status == 200 and body["usage"]["completion_tokens"] == 3
@@ -214,7 +215,7 @@ def test_help_groups_every_flag_with_its_default(capsys):
     for group in ("engine:", "memory and batching:", "answers:", "network:", "limits:"):
         assert f"\n{group}\n" in text
     flags = [action for action in serve._parser()._actions if action.option_strings and action.dest != "help"]
-    assert len(flags) == 31
+    assert len(flags) == 32
     for action in flags:
         assert "default:" in action.help, action.option_strings
 
@@ -250,7 +251,7 @@ def test_errors_are_one_sentence_and_leave_no_process(model_dir, tmp_path, monke
         return err
 
     assert "is no MODEL_DIR: it has no config.json" in error(tmp_path / "nowhere")
-    assert "vLLM is not supported yet" in error(model_dir, "--engine", "vllm")
+    assert "vLLM is not installed: `pip install" in error(model_dir, "--engine", "vllm")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in error(model_dir, "--port", port)
