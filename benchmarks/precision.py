@@ -190,7 +190,7 @@ def show(result: dict[str, Any]) -> None:
 def draw(result: dict[str, Any]) -> str:
     """Relative difference of the validation loss from BF16 over the tokens, a line an arm; bars are 95 % intervals at
     the end."""
-    width, height, left, top, right, bottom = 760, 420, 64, 48, 270, 52
+    width, height, left, top, right, bottom = 800, 420, 64, 48, 310, 52
     arms = {name: arm for name, arm in result["arms"].items() if name != "bf16"}
     per_step = result["tokens"] / result["steps"]
     points = {
