@@ -21,7 +21,7 @@ from vllm.parser import ParserManager
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
 
-TOKENIZER = Path(__file__).parents[1] / "fixtures" / "tiny_trained" / "tokenizer.json"
+TOKENIZER = Path(__file__).parents[2] / "fixtures" / "tiny_trained" / "tokenizer.json"
 NAMES = {"auto": "nemo_lite", "qwen3_coder": "nemo_lite_qwen3_coder", "json": "nemo_lite_json", None: None}
 MESSAGES = [{"role": "user", "content": "Is <think> a tag?"}]
 BOTH = {"reasoning": True, "reasoning_open": True, "tools": TOOLS}
