@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,10 @@ def run_dir(arm: str, seed: int) -> Path:
 def records(arm: str, seed: int) -> list[dict[str, Any]]:
     path = ROOT / run_dir(arm, seed) / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def seeds_of(arm: str, seeds: Sequence[int]) -> list[int]:
+    return [*seeds, *MORE_SEEDS.get(arm, ())]
 
 
 def steps_of_recipe() -> int:
@@ -132,7 +137,7 @@ def curve(arm: str, seed: int) -> dict[int, float]:
 
 def summary(arms: list[str], seeds: list[int]) -> dict[str, Any]:
     """Every arm's losses and its paired difference from BF16, relative, at every validation."""
-    curves = {arm: [curve(arm, seed) for seed in (*seeds, *MORE_SEEDS.get(arm, ()))] for arm in arms}
+    curves = {arm: [curve(arm, seed) for seed in seeds_of(arm, seeds)] for arm in arms}
     last = max(curves["bf16"][0])
     found = {}
     for arm in arms:
@@ -145,7 +150,7 @@ def summary(arms: list[str], seeds: list[int]) -> dict[str, Any]:
         found[arm] = {
             "label": ARMS[arm][0], "precision": ARMS[arm][1], "val_loss": [c.get(last) for c in curves[arm]],
             "val_loss_50": [c.get(50) for c in curves[arm]], "differences": differences,
-            "seconds": [records(arm, seed)[-1]["elapsed_seconds"] for seed in (*seeds, *MORE_SEEDS.get(arm, ()))],
+            "seconds": [records(arm, seed)[-1]["elapsed_seconds"] for seed in seeds_of(arm, seeds)],
             "tokens_per_second": [_speed(arm, seed) for seed in seeds], "flushed": _flushed(arm, seeds[0]),
         }  # fmt: skip
     return {"steps": last, "tokens": _tokens(arms[0], seeds[0]), "arms": found}
@@ -321,9 +326,7 @@ def main() -> None:
         if not args.draw:
             run_all(args.arms, args.seeds, args.at_once)
         steps = steps_of_recipe()
-        done = [
-            arm for arm in ARMS if all(finished(arm, seed, steps) for seed in (*args.seeds, *MORE_SEEDS.get(arm, ())))
-        ]
+        done = [arm for arm in ARMS if all(finished(arm, seed, steps) for seed in seeds_of(arm, args.seeds))]
         if "bf16" not in done:
             raise SystemExit("differences are from bf16, and its runs are not all there: add bf16 to --arms")
         found = summary(done, args.seeds)

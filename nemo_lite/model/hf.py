@@ -356,12 +356,12 @@ def check_tensors(table: list[Row], files: TensorFiles, where: str, tied: bool) 
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, model_dir: Path, packed=None) -> None:
+def load_weights(model: nn.Module, model_dir: Path, packed=None, whole: nn.Module | None = None) -> None:
     """Copy a MODEL_DIR's tensors into a model, one at a time; a rank that holds a part keeps only its part. Those that
-    are on the meta device are given whole to packed(name, tensor)."""
+    are on the meta device are given whole to packed(name, tensor). `whole` is the model that this is a pipeline stage
+    of, if it is one."""
     files, table, tied = TensorFiles(model_dir), rows(model), model.config.tie_word_embeddings
-    # The model may be a stage of the whole.
-    check_tensors(rows(type(model)(model.config, device="meta")), files, str(model_dir), tied)
+    check_tensors(table if whole is None else rows(whole), files, str(model_dir), tied)
     tensors = _tensors(model)
     for row in table:
         if tied and row.theirs == (_HEAD,):

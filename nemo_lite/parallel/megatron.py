@@ -756,6 +756,7 @@ class Trainer:
         cuts = stages(recipe.model, self.layout, recipe.data.seq_len)
         self.config = config_of(self.layout, hidden, self.dtype, exact, len(cuts) // self.layout.pp)
         self.model, self.stages = self._build(cuts)
+        self.here = {name for name, module in self.model.named_modules() if isinstance(module, Layer)}
         weights = self._initial(fresh)
         self.optimizer = Optimizer(self.model, self.stages, recipe, world, self.config)
         if weights is not None:
@@ -800,7 +801,7 @@ class Trainer:
 
             from nemo_lite.model.hf import load_weights
 
-            load_weights(self.model, Path(self.recipe.init_from))
+            load_weights(self.model, Path(self.recipe.init_from), whole=HybridLM(self.recipe.model, device="meta"))
         elif fresh:
             self.model.init_weights(self.recipe.seed)
         else:
@@ -835,8 +836,7 @@ class Trainer:
         finite = math.isfinite(norm) and all(math.isfinite(loss) for loss in losses)
         if finite:
             self.optimizer.step(norm, rate)
-            here = {name for name, module in self.model.named_modules() if isinstance(module, Layer)}
-            update_router_biases(self.model, {n: c for n, c in sums["counts"].items() if n in here})
+            update_router_biases(self.model, {n: c for n, c in sums["counts"].items() if n in self.here})
         return StepResult(losses, float(sums["aux"]), norm, finite, sums["stopping"], sums["counts"])
 
     @property
