@@ -310,8 +310,9 @@ def load_row(concurrency: int, speculative: bool, requests: int, engine: str = "
     finally:
         server.terminate()
         server.wait(60)
-    names = ("requests_per_second", "output_tokens_per_second", "ttft_ms", "itl_ms", "health_ms", "acceptance_length")
-    found = {name: body.get(name) for name in names}
+    assert body["ok"] == requests, body["failure_examples"]
+    names = ("requests_per_second", "output_tokens_per_second", "ttft_ms", "itl_ms", "health_ms")
+    found = {name: body[name] for name in names} | {"acceptance_length": body["server"].get("acceptance_length")}
     return {"work": "load", "engine": engine, "model": "demo", "concurrency": concurrency, "speculative": speculative,
             "report": found}  # fmt: skip
 

@@ -76,6 +76,8 @@ def measured(tmp_path):
                  "report": {"requests_per_second": 20.0, "output_tokens_per_second": 1280.0, "ttft_ms": spread,
                             "itl_ms": spread, "health_ms": spread}},
     }  # fmt: skip
+    served = serve["load"]["report"] | {"acceptance_length": 1.75}
+    serve["engines"] = serve["load"] | {"engine": "vllm", "speculative": True, "report": served}
     arm = {"label": "BF16", "precision": "{preset: bf16}", "val_loss": [2.0, 2.1], "val_loss_50": [4.0, 4.0],
            "differences": {"400": {"mean": 0.0, "half_width": 0.0}}, "flushed": {}}  # fmt: skip
     other = arm | {"label": "the recipe", "precision": "{preset: nvfp4}", "val_loss": [2.02, 2.12],
@@ -125,6 +127,7 @@ def test_results_show_what_was_measured(generate, measured):
     assert "| auto | fp32, 2 | 400 | 500 | **1.25x** | 2.30 | 2.20 | 50% | no |" in page
     assert "| demo | fp32, 2 | 1 | yes | 400 | 200 | **2.00x** | no |" in page
     assert "| no |  | 8 | 20.0 | 1,280 | 1.5 | 4.0 | 1.5 | 4.0 | 4.0 |" in page
+    assert "| vllm | yes | 8 | 20.0 | 1,280 | 1.75 | 1.5 | 1.5 | 4.0 |" in page
     assert "| the recipe | `preset: nvfp4` | 2.0200, 2.1200 | +1.00 % ± 0.20 |" in page
     assert "BF16 ends 50%, 48% below its loss at step 50." in page and "| out_proj |  | 12.5% |" in page
     assert "| nvfp4 |  | 1.50 | **1.70x** | 151 |" in page
@@ -140,7 +143,7 @@ def test_the_readme_shows_the_most_threads(generate, measured):
 
 
 def test_what_is_missing_is_said(generate, tmp_path):
-    assert generate.results_page(tmp_path).count(generate.NOT_MEASURED) == 8
+    assert generate.results_page(tmp_path).count(generate.NOT_MEASURED) == 9
     assert generate.numbers(tmp_path).count("not measured yet") == 2
 
 
