@@ -81,6 +81,16 @@ def advance(
         state[to[to != null_block_id]] = now[to != null_block_id].to(state.dtype)
 
 
+def spread(
+    x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> Tensor:  # fmt: skip
+    """Each request's value for all its tokens: x [n], running sums cu_num_tokens [n] -> [num_tokens]. Values equal to
+    `replace_from` become `replace_to`."""
+    lengths = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    values = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
+    return values.repeat_interleave(lengths, output_size=num_tokens)
+
+
 class ReluSquaredExperts(CPUUnquantizedExperts):
     """y = sum_k weight_k down_k relu(up_k x)^2 by nemo_lite's kernels; w1 [E, F, L] and w2 [E, L, F] are as stored."""
 

@@ -32,6 +32,7 @@ def register() -> None:
 @functools.cache
 def _mend() -> None:
     mend_mamba()
+    mend_sampling()
     mend_experts()
     mend_nvfp4()
 
@@ -55,6 +56,19 @@ def _with_drafts(op: Callable, mend: Callable) -> Callable:
         return (op if num_accepted_tokens is None else mend)(*args, num_accepted_tokens=num_accepted_tokens, **options)
 
     return call
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+def mend_sampling() -> None:
+    """With drafts, give every drafted token its request's temperature, top-k and top-p, not what was in memory."""
+    from vllm.v1.sample import rejection_sampler
+
+    from nemo_lite_serving.vllm.ops import spread
+
+    replaced["expand_batch_to_tokens"] = rejection_sampler.expand_batch_to_tokens
+    rejection_sampler.expand_batch_to_tokens = spread
 
 
 # -------------------------------------------------------------------------------------------------------------- experts
