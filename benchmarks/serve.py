@@ -275,7 +275,9 @@ def transformers_row(name: str, dtype: str, threads: int, batch: int, count: int
 # ----------------------------------------------------------------------------------------------------- a server, loaded
 
 
-def load_row(concurrency: int, speculative: bool, requests: int, engine: str = "native") -> dict:
+def load_row(
+    concurrency: int, speculative: bool, requests: int, engine: str = "native", drafts: str = "auto"
+) -> dict:  # fmt: skip
     """The demo's model behind the API under `nemo-lite bench serve`: both processes share this machine."""
     python = {"native": sys.executable, "vllm": VLLM_PYTHON}[engine]
     if not Path(python).exists():
@@ -288,7 +290,7 @@ def load_row(concurrency: int, speculative: bool, requests: int, engine: str = "
     if engine == "vllm":
         command += ["--memory-gib", "1", "--max-model-len", "2048"]
     if speculative:
-        command += ["--speculative", "mtp"] + (["--draft-tokens", "2"] if engine == "vllm" else [])
+        command += ["--speculative", "mtp"] + ["--draft-tokens", drafts]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -340,7 +342,7 @@ def jobs(work: str, args) -> list:
         ]  # fmt: skip
     if work == "engines":
         return [
-            lambda e=engine, c=c, s=s: load_row(c, s, 16 * c, e)
+            lambda e=engine, c=c, s=s: load_row(c, s, 16 * c, e, "2")
             for c in (1, 8) for s in (False, True) for engine in ("native", "vllm")
         ]  # fmt: skip
     return [lambda c=c, s=s: load_row(c, s, 16 * c) for c in (1, 8, 32) for s in (False, True)]
