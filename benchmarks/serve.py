@@ -290,7 +290,7 @@ def load_row(
     if engine == "vllm":
         command += ["--memory-gib", "1", "--max-model-len", "2048"]
     if speculative:
-        command += ["--speculative", "mtp"] + ["--draft-tokens", drafts]
+        command += ["--speculative", "mtp", "--draft-tokens", drafts]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:

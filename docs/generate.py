@@ -268,7 +268,7 @@ SERVE_PARTS = {
     "mtp": "Greedy completion of held-out prompts, one at a time: MTP speculation on against off",
     "transformers": "64 new tokens for 1 or 8 prompts of 64, prefill included: the engine and transformers' generate",
     "load": "`nemo-lite serve` under `nemo-lite bench serve`, both on this machine: 64 tokens in, 64 out",
-    "engines": "The same with `--engine native` and `--engine vllm` (its CPU build) in turn, a thread each; MTP: 2 drafts",
+    "engines": "The same with `--engine native` and `--engine vllm` (its CPU build) in turn, a thread each; 2 drafts",
 }
 SERVE_HEADERS = {
     "step": ["model", "dtype, threads", "batch", "bare ms", "engine ms", "bare / engine", "tok/s", "floor ms", "noisy"],
