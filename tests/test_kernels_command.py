@@ -1,5 +1,6 @@
 """`nemo-lite kernels`, and --kernels of the commands that run a model: what is printed, taken and refused."""
 
+import argparse
 import re
 from pathlib import Path
 
@@ -158,14 +159,18 @@ def test_generate_and_evaluate_take_backends_by_name(command, built, capsys):
 def test_serve_hands_them_to_the_engine(built):
     from nemo_lite_serving import engine, serve
 
+    def options(*argv):
+        args = serve._parser().parse_args(["model", *argv], argparse.Namespace(vllm_args=[]))
+        serve._check_native(serve._parser(), args)
+        return serve._options(args)
+
     found, stop = built
-    options = serve._options(serve._parser().parse_args(["model", "--kernels", "ssd=chunked"]))
     with pytest.raises(stop):
-        engine.build(options)
+        engine.build(options("--kernels", "ssd=chunked"))
     assert found == [{"ssd": "chunked"}]
     with pytest.raises(UserError, match="did you mean chunked"):
-        engine.build(serve._options(serve._parser().parse_args(["model", "--kernels", "ssd=chunkd"])))
-    assert serve._options(serve._parser().parse_args(["model"])).kernels is None
+        engine.build(options("--kernels", "ssd=chunkd"))
+    assert options().kernels is None
 
 
 def test_chat_hands_them_to_its_server(monkeypatch, capsys):
