@@ -22,7 +22,7 @@ import json
 import math
 from typing import Any
 
-from nemo_lite.config import ModelConfig, Recipe, RecipeError, check_world_size, load_recipe, recipe_to_yaml
+from nemo_lite.config import ModelConfig, Recipe, RecipeError, UserError, check_world_size, load_recipe, recipe_to_yaml
 from nemo_lite.precision.recipe import lines, shares
 from nemo_lite.precision.recipe import table as number_formats
 
@@ -221,7 +221,7 @@ def memory_per_rank(recipe: Recipe, world_size: int = 1) -> dict[str, int]:
 
 def facts(recipe: Recipe, world_size: int = 1) -> dict[str, Any]:
     """What ``check --json`` prints: ``recipe``, ``parameters``, ``flops_per_token``, ``memory``, ``communication``,
-    ``precision``, ``world_size``."""
+    ``precision``, ``world_size``, ``tokens_per_step``, ``mixture``."""
     return {
         "recipe": _plain(dataclasses.asdict(recipe)),
         "parameters": parameter_counts(recipe.model),
@@ -233,8 +233,26 @@ def facts(recipe: Recipe, world_size: int = 1) -> dict[str, Any]:
             "shares": shares(recipe.model, recipe.precision),
         },
         "world_size": world_size,
-        "tokens_per_step": recipe.train.global_batch_size * recipe.data.seq_len,
+        "tokens_per_step": recipe.tokens_per_step,
+        "mixture": [dataclasses.asdict(phase) for phase in mixture(recipe)[0]],
     }
+
+
+def mixture(recipe: Recipe) -> tuple[list[Any], list[str]]:
+    """What the run will read by phase and source, and warnings about it. Sources are not tokenised for it: the size of
+    one that is not here, or was never tokenised, is not known."""
+    from nemo_lite.data import load_tokenizer, mixture
+
+    found = mixture.mixture_of(recipe.data, recipe.run_tokens)
+    try:
+        from nemo_lite.data.sources import known_tokens
+
+        tokenizer = load_tokenizer(recipe.data.tokenizer)
+        holds = [known_tokens(source, recipe.data, tokenizer) for source in found.sources]
+    except UserError:  # its tokenizer is not here
+        holds = [None] * len(found.sources)
+    phases = mixture.expected(found, holds, recipe.run_tokens)
+    return phases, [*mixture.warnings(phases), *mixture.budget_warnings(recipe.data, recipe.run_tokens)]
 
 
 def _plain(value: Any) -> Any:
@@ -337,15 +355,14 @@ def _show(recipe: Recipe, world_size: int) -> None:
         work.add_row(f"forward, MTP run {recipe.model.mtp.depth} times", short(flops["mtp"]), "")
     work.add_row("training, 3 x forward and MTP", short(flops["train"]), "")
     work.add_row(
-        f"training, a step of {exact(recipe.train.global_batch_size * recipe.data.seq_len)} tokens",
-        short(
-            flops["train"] * recipe.train.global_batch_size * recipe.data.seq_len, ("", "K", "M", "G", "T", "P", "E")
-        ),
+        f"training, a step of {exact(recipe.tokens_per_step)} tokens",
+        short(flops["train"] * recipe.tokens_per_step, ("", "K", "M", "G", "T", "P", "E")),
         "",
     )
     console.print(work)
     console.print()
 
+    _show_mixture(recipe, table, console)
     _show_formats(recipe, table, console)
     ranks = "the only rank" if world_size == 1 else f"each of {world_size} ranks"
     if recipe.parallel.uses_megatron:
@@ -370,6 +387,21 @@ def _show(recipe: Recipe, world_size: int) -> None:
         for kind, size in sent.items():
             bytes_.add_row(kind, f"{size / 2**30:,.3f}", _SENT[kind])
         console.print(bytes_)
+
+
+def _show_mixture(recipe: Recipe, table, console) -> None:
+    from nemo_lite.data.mixture import table as rows
+
+    phases, warnings = mixture(recipe)
+    header, *body = rows(phases)
+    made = table(f"Data of {recipe.run_tokens:,} tokens", *header)
+    made.columns[1].justify, made.columns[1].no_wrap, made.columns[1].overflow = "left", False, "fold"
+    for row in body:
+        made.add_row(*row)
+    console.print(made)
+    for warning in warnings:
+        console.print(f"warning: {warning}")
+    console.print()
 
 
 def _show_formats(recipe: Recipe, table, console) -> None:
@@ -405,6 +437,10 @@ def main(argv: list[str]) -> int:
     )
     arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if recipe.stage.command is not None:
+        stage = dataclasses.asdict(recipe.stage)
+        print(json.dumps({"stage": stage}, indent=2) if arguments.json else f"a stage that runs: {stage['command']}")
+        return 0
     if arguments.world_size is None:
         from nemo_lite.parallel.layout import layout_of
 

@@ -207,9 +207,15 @@ class SourceConfig:
     source: str = key(
         "stdlib",
         "`stdlib` (the Python standard library found here), a text/code file or folder, a .jsonl(.gz/.zst), a .parquet "
-        "file, or `hf:NAME` for a Hugging Face dataset",
+        "file, `hf:NAME` for a Hugging Face dataset, or Megatron shards: a folder of .bin/.idx files, or one's path",
     )
     weight: float = key(1.0, "share of tokens drawn from this source, relative to the other weights", gt=0)
+    tokens: int | None = key(
+        None, "in place of a weight: tokens drawn from this source until the next phase or the end", "tokens", ge=1
+    )
+    max_epochs: int | None = key(
+        None, "passes over this source after which it is drawn from no more, and the others share its part", ge=1
+    )
     include: list[str] = key(
         lambda: ["*.py", "*.md", "*.rst", "*.txt"], "file names read from a folder, as shell patterns"
     )
@@ -219,12 +225,26 @@ class SourceConfig:
 
 
 @dataclass
+class PhaseConfig:
+    """Another blend from a point of the run on."""
+
+    tokens: int = key(0, "the first step that begins at or after so many tokens of the run reads it", "tokens", gt=0)
+    blend: list[SourceConfig] = key(list, "sources, as in data.blend; one that was read before goes on where it was")
+
+
+@dataclass
 class DataConfig:
     """What is read, how it is tokenised and packed."""
 
     tokenizer: str = key("bytes", "`bytes`, or a tokenizer.json, or a folder that holds one")
     seq_len: int = key(256, "length of a packed row", "tokens", ge=2)
-    blend: list[SourceConfig] = key(lambda: [SourceConfig()], "sources with weights")
+    seq_len_cycle: list[int] = key(
+        list,
+        "row lengths of successive steps, in turn, such as [65536, 4096]; each divides seq_len, and a step has as many "
+        "more rows",
+    )
+    blend: list[SourceConfig] = key(lambda: [SourceConfig()], "sources with weights, from the run's first token on")
+    phases: list[PhaseConfig] = key(list, "blends that take the place of `blend` later in the run")
     validation_fraction: float = key(
         0.02, "share of documents held out, chosen by content hash; of a single text file its end", ge=0, lt=1
     )
@@ -241,6 +261,10 @@ class TrainConfig:
     """Batch, length, and what a step computes in."""
 
     steps: int = key(100, "optimizer steps", "steps", ge=1)
+    stop_after: int | None = key(
+        None, "end at this step with a checkpoint; schedules stay those of `steps`, and a run without it goes on",
+        "steps", ge=1,
+    )  # fmt: skip
     global_batch_size: int = key(8, "rows in one optimizer step, over all ranks", "rows", ge=1)
     micro_batch_size: int = key(8, "rows a rank computes at once", "rows", ge=1)
     dtype: Literal["float32", "bfloat16", "float64"] = key(
@@ -396,12 +420,31 @@ class LogConfig:
 
 
 @dataclass
+class StageConfig:
+    """What makes a recipe a stage of a programme (docs/programme.md). A training stage needs none of these keys."""
+
+    command: str | None = key(None, "what is run, such as `nemo-lite merge ...`; null trains this recipe")
+    inputs: list[str] = key(
+        list, "names of stages, files and folders that it reads; a training stage's data, init_from and resume_from go "
+        "without saying",
+    )  # fmt: skip
+    outputs: list[str] = key(list, "files and folders that the command writes; of a training stage its last checkpoint")
+    nodes: int = key(1, "machines of a training stage's Slurm job", "machines", ge=1)
+
+
+@dataclass
 class Recipe:
     """A training run."""
 
-    run_dir: str | None = key(None, "where the run lives; null for runs/NAME-OF-RECIPE")
+    run_dir: str | None = key(
+        None, "where the run lives; null for runs/NAME-OF-RECIPE, for a stage runs/NAME-OF-FOLDER/NAME-OF-RECIPE"
+    )  # fmt: skip
     seed: int = key(0, "seed of initial weights and data order", ge=0)
     init_from: str | None = key(None, "MODEL_DIR to start from; its config replaces `model`")
+    resume_from: str | None = key(
+        None, "another run that this one goes on from: weights, optimizer and step of its newest checkpoint, and its "
+        "place in the data where those are the same",
+    )  # fmt: skip
     model: ModelConfig = key(ModelConfig, "the architecture")
     data: DataConfig = key(DataConfig, "text in")
     train: TrainConfig = key(TrainConfig, "batch and length")
@@ -413,6 +456,7 @@ class Recipe:
     kernels: KernelsConfig = key(KernelsConfig, "op backends")
     checkpoint: CheckpointConfig = key(CheckpointConfig, "saving")
     log: LogConfig = key(LogConfig, "logging")
+    stage: StageConfig = key(StageConfig, "its place in a programme")
 
     def problems(self) -> list[tuple[str, str]]:
         """Impossible values and illegal pairs as (full key, sentence); empty when the run can start.
@@ -441,10 +485,23 @@ class Recipe:
             f"needs none, full or letters of M*E-, got {train.recompute!r}",
         )
         refuse(not data.blend, "data.blend", "is empty; name at least one source, such as [{source: stdlib}]")
+        for name, length in [("data.seq_len", data.seq_len), *(("data.seq_len_cycle", n) for n in data.seq_len_cycle)]:
+            refuse(
+                bool(model.mtp_layers) and length <= model.mtp.depth + 1,
+                name,
+                f"{length} leaves no label for model.mtp.depth = {model.mtp.depth}; {model.mtp.depth + 2} would",
+            )
+            refuse(
+                length < 2 or data.seq_len % length != 0,
+                name,
+                f"{length} does not divide data.seq_len = {data.seq_len}, so that steps could not have as many tokens "
+                "each",
+            )
+        found += self._phase_problems()
         refuse(
-            bool(model.mtp_layers) and data.seq_len <= model.mtp.depth + 1,
-            "data.seq_len",
-            f"{data.seq_len} leaves no label for model.mtp.depth = {model.mtp.depth}; {model.mtp.depth + 2} would",
+            (train.stop_after or 0) > train.steps,
+            "train.stop_after",
+            f"{train.stop_after} exceeds train.steps = {train.steps}",
         )
         refuse(
             train.global_batch_size % train.micro_batch_size != 0,
@@ -482,6 +539,22 @@ class Recipe:
             f"{self.precision.bf16_last_steps} exceeds train.steps = {train.steps}",
         )
         refuse(
+            self.init_from is not None and self.resume_from is not None,
+            "resume_from",
+            "brings the weights of a run, and init_from those of a MODEL_DIR; leave one out",
+        )
+        stage = self.stage
+        refuse(
+            stage.command is not None and not stage.outputs,
+            "stage.outputs",
+            "is empty; name what the command writes, by which it is told whether the stage is done",
+        )
+        refuse(
+            stage.command is None and bool(stage.outputs),
+            "stage.outputs",
+            "a training stage's output is its last checkpoint; leave it out, or set stage.command",
+        )
+        refuse(
             self.eval.every > 0 and data.validation_fraction == 0,
             "eval.every",
             "there is nothing to validate on with data.validation_fraction = 0; set it above 0, or eval.every to 0",
@@ -503,6 +576,42 @@ class Recipe:
                     refuse(backend not in known, f"kernels.{op}", _not_one_of(backend, ["auto", *known]))
         return found
 
+    def _phase_problems(self) -> list[tuple[str, str]]:
+        """What is wrong with the data's phases and token budgets."""
+        found, data, before = [], self.data, 0
+        for i, phase in enumerate(data.phases):
+            name = f"data.phases[{i}]"
+            if not phase.blend:
+                found.append((f"{name}.blend", "is empty; name at least one source, such as [{source: stdlib}]"))
+            if phase.tokens <= before:
+                found.append((f"{name}.tokens", f"{phase.tokens} is not after the phase before, from {before} on"))
+            before = phase.tokens
+        starts = [0, *(phase.tokens for phase in data.phases)]
+        blends = [
+            ("data.blend", data.blend),
+            *((f"data.phases[{i}].blend", p.blend) for i, p in enumerate(data.phases)),
+        ]
+        for i, (name, blend) in enumerate(blends):
+            for j, source in enumerate(blend):
+                if source.tokens is not None and source.weight != 1:
+                    found.append((f"{name}[{j}].weight", "cannot stand beside a budget in `tokens`; leave one out"))
+            budgets = sum(source.tokens or 0 for source in blend)
+            room = starts[i + 1] - starts[i] if i + 1 < len(starts) else self.run_tokens - starts[i]
+            if budgets >= room > 0 and any(source.tokens is None for source in blend):
+                found.append(
+                    (name, f"the budgets of {budgets:,} tokens leave nothing of {room:,} to sources by weight")
+                )
+        return found
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch_size * self.data.seq_len
+
+    @property
+    def run_tokens(self) -> int:
+        """Tokens that the whole run reads."""
+        return self.train.steps * self.tokens_per_step
+
 
 def check_world_size(recipe: Recipe, world_size: int) -> None:
     """Raise :class:`RecipeError` when the recipe's layout or global batch cannot be shared by ``world_size`` ranks."""
@@ -512,8 +621,12 @@ def check_world_size(recipe: Recipe, world_size: int) -> None:
     if recipe.parallel.uses_megatron:
         from nemo_lite.parallel.layout import layout_of, problems
 
-        if found := problems(recipe.model, layout_of(recipe), world_size, recipe.data.seq_len, batch, micro):
-            raise RecipeError("; ".join(found))
+        for length in dict.fromkeys([recipe.data.seq_len, *recipe.data.seq_len_cycle]):
+            more = recipe.data.seq_len // length
+            found = problems(recipe.model, layout_of(recipe), world_size, length, batch * more, micro * more)
+            if found:
+                where = "" if more == 1 else f"data.seq_len_cycle: with rows of {length} tokens "
+                raise RecipeError(where + "; ".join(found))
         return
     if batch % (micro * world_size):
         shares = batch // micro
@@ -531,7 +644,9 @@ def check_world_size(recipe: Recipe, world_size: int) -> None:
 
 COMMAND_LINE = "command line"
 # With init_from the architecture is the directory's; these are choices of a run and stay free.
-FREE_WITH_INIT_FROM = ("mtp.depth", "mtp.loss_weight", "router_aux_loss_coef", "router_bias_update_rate")
+FREE_WITH_INIT_FROM = (
+    "mtp.depth", "mtp.loss_weight", "router_aux_loss_coef", "router_bias_update_rate", "max_position_embeddings",
+)  # fmt: skip
 
 Say = Callable[[str, str], NoReturn]
 
@@ -572,6 +687,7 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = (), *, resol
         origins = origins_below | lines
     _check(tree, Recipe, "", say)
     layers.append(tree)
+    staged = "stage" in tree
     try:
         tree = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Recipe), *layers))
         for text in overrides:
@@ -580,15 +696,33 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = (), *, resol
             tree = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Recipe), tree))
         tree = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
         _check(tree, Recipe, "", say, final=True)
-        if tree["init_from"] and not resolved:
+        # What a stage starts from may be made by a stage before it; until then the recipe's own model stands for it.
+        early = staged and not Path(tree["init_from"] or "").exists()
+        if tree["init_from"] and not resolved and not early:
             tree["model"] = _model_of(tree["init_from"], tree["model"], origins, say)
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), tree))
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         say(str(getattr(error, "full_key", None) or "?"), str(error).splitlines()[0])
-    recipe.run_dir = recipe.run_dir or f"runs/{path.stem}"
+    recipe.run_dir = recipe.run_dir or f"runs/{path.resolve().parent.name + '/' if staged else ''}{path.stem}"
     for name, sentence in recipe.problems():
         say(name, sentence)
     return recipe
+
+
+def model_with(config: ModelConfig, overrides: Sequence[str]) -> tuple[ModelConfig, set[str]]:
+    """A copy of `config` with ``key=value`` overrides of its keys (``pattern=MEM*E``), and which keys they name.
+
+    Raises :class:`RecipeError` as :func:`load_recipe` does; what the values mean together is not judged here.
+    """
+
+    def say(name: str, sentence: str) -> NoReturn:
+        raise RecipeError(f"{COMMAND_LINE}: {name}: {sentence}")
+
+    tree, origins = {"model": dataclasses.asdict(config)}, {}
+    for text in overrides:
+        _override(tree, text if text.startswith("model.") else f"model.{text}", origins, say)
+    model = {**tree["model"], "mtp": MTPConfig(**tree["model"]["mtp"])}
+    return ModelConfig(**model), {name.removeprefix("model.") for name in origins}
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -638,6 +772,11 @@ def _read(path: Path, asked_by: str = "") -> tuple[dict, dict[str, str]]:
         raise RecipeError(f"{path}{line}: broken YAML: {' '.join(reason.split())}{hint}") from None
     what = "is empty" if root is None else "is no mapping of keys to values"
     raise RecipeError(f"{path}: {what}; a recipe holds sections such as model, data and train")
+
+
+def sections_of(path: str | os.PathLike) -> set[str]:
+    """The top-level keys that a recipe file itself sets, ``base`` among them."""
+    return set(_read(Path(path))[0])
 
 
 def _check(value: Any, hint: Any, name: str, say: Say, bounds: Any = None, final: bool = False) -> None:
@@ -768,20 +907,23 @@ class RecipeKey:
     doc: str
 
 
-def recipe_keys(section: Any = Recipe, prefix: str = "") -> list[RecipeKey]:
-    """Every key of a recipe, in the order of the dataclasses."""
+def recipe_keys(section: Any = Recipe, prefix: str = "", listed: set | None = None) -> list[RecipeKey]:
+    """Every key of a recipe, in the order of the dataclasses; those of a list's elements where it is met first."""
     keys: list[RecipeKey] = []
+    listed = set() if listed is None else listed
     for item in dataclasses.fields(section):
         hint, path = _hints(section)[item.name], _join(prefix, item.name)
         if dataclasses.is_dataclass(hint):
-            keys += recipe_keys(hint, path)
+            keys += recipe_keys(hint, path, listed)
             continue
         factory = item.default_factory
         default = _plain(item.default if factory is dataclasses.MISSING else factory())
         bounds = ", ".join(f"{sign} {limit}" for sign, limit in _bounds(item.metadata))
         keys.append(RecipeKey(path, _type_name(hint), default, item.metadata["unit"], bounds, item.metadata["doc"]))
-        if typing.get_origin(hint) is list and dataclasses.is_dataclass(element := typing.get_args(hint)[0]):
-            keys += recipe_keys(element, f"{path}[]")
+        element = typing.get_args(hint)[0] if typing.get_origin(hint) is list else None
+        if dataclasses.is_dataclass(element) and element not in listed:
+            listed.add(element)
+            keys += recipe_keys(element, f"{path}[]", listed)
     return keys
 
 
@@ -841,7 +983,12 @@ def _type_name(hint: Any) -> str:
         return " or ".join(typing.get_args(hint))
     if typing.get_origin(hint) is list:
         element = typing.get_args(hint)[0]
-        sections = {SourceConfig: "sources", PrecisionRule: "precision.rules", OptimRule: "optim.rules"}
+        sections = {
+            SourceConfig: "sources",
+            PhaseConfig: "phases",
+            PrecisionRule: "precision.rules",
+            OptimRule: "optim.rules",
+        }
         return f"list of {sections.get(element) or _type_name(element)}"
     return hint.__name__
 
@@ -854,8 +1001,9 @@ def _not_one_of(value: Any, allowed: Sequence[str]) -> str:
 def _no_such_key(section: Any, name: str) -> str:
     """What to say of an unknown key: a sibling that looks like it, else that name elsewhere, else the list."""
     siblings = list(_hints(section))
-    near = difflib.get_close_matches(name, siblings, 1)
+    near = difflib.get_close_matches(name, siblings, 1, cutoff=0.7)
     near = near or [key.path for key in recipe_keys() if key.path.split(".")[-1] == name][:3]
+    near = near or difflib.get_close_matches(name, siblings, 1)
     if near:
         return f"no such key; did you mean {' or '.join(near)}?"
     return f"no such key; the keys here are {', '.join(siblings)}"

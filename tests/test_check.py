@@ -142,6 +142,8 @@ def test_json(capsys):
     assert found["parameters"]["total"] == 214_080 and found["parameters"]["active"] == 164_928
     assert found["flops_per_token"]["train"] > found["flops_per_token"]["forward"]
     assert found["memory"]["total"] > 0
+    (phase,) = found["mixture"]
+    assert phase["length"] == 30 * found["tokens_per_step"] and phase["shares"][0]["share"] == 1
     assert found["recipe"]["train"]["steps"] == 30 and found["recipe"]["optim"]["lr"] == 1e-2
 
 

@@ -50,7 +50,8 @@ def refusal(*arguments, **keywords):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads_and_round_trips(path, tmp_path):
     recipe = load_recipe(path)
-    assert recipe.run_dir == f"runs/{path.stem}"
+    programme = "" if path.parent.name in ("recipes", "pretrain", "precision") else f"{path.parent.name}/"
+    assert recipe.run_dir == f"runs/{programme}{path.stem}"
     copy = tmp_path / "recipe.yaml"
     copy.write_text(recipe_to_yaml(recipe))
     assert load_recipe(copy) == recipe
@@ -222,6 +223,29 @@ IN_FILE = {
         "x.yaml:2: data.seq_len: 4 leaves no label for model.mtp.depth = 3; 5 would",
     ),
     "no source": ("data: {blend: []}", "x.yaml:1: data.blend: is empty"),
+    "no source in a phase": ("data: {phases: [{tokens: 5}]}", "x.yaml:1: data.phases[0].blend: is empty"),
+    "a phase from nowhere": ("data: {phases: [{blend: [{source: a}]}]}", "data.phases[0].tokens: must be > 0, got 0"),
+    "phases in disorder": (
+        "data: {phases: [{tokens: 9, blend: [{source: a}]}, {tokens: 9, blend: [{source: a}]}]}",
+        "x.yaml:1: data.phases[1].tokens: 9 is not after the phase before, from 9 on",
+    ),
+    "weight and budget": (
+        "data: {blend: [{source: a, tokens: 5, weight: 2}]}",
+        "data.blend[0].weight: cannot stand beside a budget in `tokens`",
+    ),
+    "budgets that leave nothing": (
+        "train: {steps: 2}\ndata: {blend: [{source: a, tokens: 5000}, {source: b}]}",
+        "x.yaml:2: data.blend: the budgets of 5,000 tokens leave nothing of 4,096 to sources by weight",
+    ),
+    "row lengths": (
+        "data: {seq_len: 64, seq_len_cycle: [64, 48]}",
+        "x.yaml:1: data.seq_len_cycle: 48 does not divide data.seq_len = 64",
+    ),
+    "short rows in turn": (
+        "model: {mtp: {pattern: E, depth: 3}}\ndata: {seq_len: 64, seq_len_cycle: [4]}",
+        "x.yaml:2: data.seq_len_cycle: 4 leaves no label for model.mtp.depth = 3; 5 would",
+    ),
+    "stop": ("train: {steps: 5, stop_after: 6}", "x.yaml:1: train.stop_after: 6 exceeds train.steps = 5"),
     "reduce": (
         "train: {dtype: float64}\nprecision: {reduce_dtype: bfloat16}",
         "x.yaml:2: precision.reduce_dtype: bfloat16 would undo train.dtype = float64",

@@ -6,6 +6,8 @@ computes the same stream, whatever the number of ranks, and its position is a ha
 The rule: the next document comes from the source that is furthest behind its weight, that is, with the smallest
 ``tokens drawn so far / weight`` (ties: the first one). Each source is drawn a whole epoch at a time, in an order
 shuffled anew every epoch. At any point the tokens of a source differ from its share by less than the longest documents.
+A source whose epochs are counted and read is left out, and the others go on by the same rule. New weights
+(:meth:`Blend.reweigh`) begin a new count of tokens, and nothing else changes: each source goes on where it was.
 """
 
 from __future__ import annotations
@@ -77,9 +79,11 @@ def shuffled(count: int, seed: int, source: int, epoch: int) -> np.ndarray:
 class _Line:
     """The documents of one source in the order they are drawn, looked at from a position that moves on."""
 
-    def __init__(self, lengths: np.ndarray, weight: float, seed: int, number: int, shuffle: bool, repeat: bool):
+    def __init__(self, lengths: np.ndarray, seed: int, number: int, shuffle: bool):
         self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.weight, self.seed, self.number, self.shuffle, self.repeat = weight, seed, number, shuffle, repeat
+        self.seed, self.number, self.shuffle = seed, number, shuffle
+        self.weight: float = 0.0
+        self.epochs: int | None = None
         self._epoch, self._order = -1, np.empty(0, np.int64)
         self.place(0, 0, 0)
 
@@ -93,10 +97,8 @@ class _Line:
         """Order documents until `count` of them (of a small source fewer) are ahead, or the source ends."""
         count = min(count, 16 * len(self.lengths))  # every epoch is a round of this loop
         parts, have = [self.ahead], self.ahead.shape[1]
-        while have < count:
+        while have < count and not self.ended():
             if self.index >= len(self.lengths):
-                if not self.repeat:
-                    break
                 self.epoch, self.index = self.epoch + 1, 0
             if self._epoch != self.epoch:
                 number, everything = self.number, len(self.lengths)
@@ -113,14 +115,17 @@ class _Line:
         self.ahead = np.concatenate(parts, axis=1)
 
     def ended(self) -> bool:
-        return not len(self.lengths) or (not self.repeat and self.index >= len(self.lengths))
+        if self.epochs is None:
+            return not len(self.lengths)
+        full = self.epoch + (self.index >= len(self.lengths))
+        return not len(self.lengths) or full >= self.epochs
 
 
 class Blend:
-    """An endless (or with `repeat=False` one epoch long) stream of documents from weighted sources.
+    """A stream of documents from weighted sources, endless unless every source has a number of `epochs`.
 
-    `lengths` holds the document lengths of each source in tokens, all above zero; `weights` one positive number a
-    source, of any scale.
+    `lengths` holds the document lengths of each source in tokens, all above zero; `weights` one number a source, of any
+    scale; one with weight 0 is not drawn from.
     """
 
     def __init__(
@@ -130,15 +135,24 @@ class Blend:
         *,
         seed: int = 0,
         shuffle: bool = True,
-        repeat: bool = True,
+        epochs: Sequence[int | None] | None = None,
     ):
-        total = float(sum(weights))
-        self._lines = [
-            _Line(each, weight / total, seed, number, shuffle, repeat)
-            for number, (each, weight) in enumerate(zip(lengths, weights, strict=True))
-        ]
+        self._lines = [_Line(each, seed, number, shuffle) for number, each in enumerate(lengths)]
         self._drawn = [(0, 0, 0) for _ in self._lines]  # epoch, index, tokens of the next document of each source
+        self._weigh(weights, epochs)
         self._reset()
+
+    def _weigh(self, weights: Sequence[float], epochs: Sequence[int | None] | None) -> None:
+        total = float(sum(weights))
+        for line, weight, limit in zip(self._lines, weights, epochs or [None] * len(self._lines), strict=True):
+            line.weight, line.epochs = weight / total, limit
+
+    def reweigh(self, weights: Sequence[float], epochs: Sequence[int | None] | None = None) -> None:
+        """Go on from here with other weights and numbers of epochs; a document that is begun is ended first."""
+        state = self.state_dict()
+        state["drawn"] = [[epoch, index, 0] for epoch, index, _ in state["drawn"]]
+        self._weigh(weights, epochs)
+        self.load_state_dict(state)
 
     def _reset(self) -> None:
         # Rows: source, document, length, tokens drawn before, epoch, index; columns in stream order. The first one may
@@ -152,13 +166,13 @@ class Blend:
         A document may join the queue only when no source could still bring one that comes before it: up to the
         smallest tokens/weight at which a source's look-ahead ends.
         """
-        lines = self._lines
-        for line in lines:
+        lines = [(number, line) for number, line in enumerate(self._lines) if line.weight > 0]
+        for _, line in lines:
             line.extend(LOOKAHEAD)
-        ends = [(line.tokens / line.weight, number) for number, line in enumerate(lines) if not line.ended()]
-        horizon, last = min(ends, default=(np.inf, len(lines)))
+        ends = [(line.tokens / line.weight, number) for number, line in lines if not line.ended()]
+        horizon, last = min(ends, default=(np.inf, len(self._lines)))
         keys, columns = [], []
-        for number, line in enumerate(lines):
+        for number, line in lines:
             key = line.ahead[2] / line.weight
             count = int(np.searchsorted(key, horizon, side="right" if number < last else "left"))
             keys.append(key[:count])
@@ -200,7 +214,10 @@ class Blend:
         return {"drawn": [list(each) for each in self._drawn], "begun": begun}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position that `state_dict` gave, of a blend with the same lengths, weights and seed."""
+        """Go to a position that `state_dict` gave, of a blend with the same lengths, weights and seed.
+
+        A document that was begun before the weights changed counts for none of them: its tokens are below zero.
+        """
         self._reset()
         self._drawn = [tuple(map(int, each)) for each in state["drawn"]]  # type: ignore[misc]
         for line, (epoch, index, tokens) in zip(self._lines, self._drawn, strict=True):

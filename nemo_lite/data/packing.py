@@ -3,7 +3,8 @@
 Documents follow each other without gaps in one stream (`blend.py`); row r is tokens ``r * L`` to ``(r + 1) * L`` of
 it. A document that does not fit goes on in the next row. No token is lost and none appears twice in an epoch of its
 source. A global batch is G consecutive rows, and rank r of W takes the r-th W-th of them: which rows are trained on
-together does not depend on W.
+together does not depend on W. With `data.seq_len_cycle` successive batches have rows of the lengths it lists, as many
+more as they are shorter: a batch has the same number of tokens, and the stream does not change.
 
 Shape letters: b rows of a rank, L tokens of a row.
 """
@@ -21,10 +22,11 @@ import torch
 
 from nemo_lite.config import DataConfig, UserError
 from nemo_lite.data.blend import Blend, Spans
-from nemo_lite.data.sources import TokenSource, open_source
+from nemo_lite.data.mixture import mixture_of, unique_sources
+from nemo_lite.data.sources import TokenSource, open_source, ranges
 from nemo_lite.data.tokenizer import Tokenizer
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 Span = tuple[int, int, int, int]
 
 
@@ -90,13 +92,11 @@ def _assemble(
         chosen = np.flatnonzero(spans.source == number)
         if not len(chosen):
             continue
-        n = count[chosen]
-        within = np.arange(int(n.sum())) - np.repeat(np.cumsum(n) - n, n)
-        at = np.repeat(source.offsets[spans.document[chosen]] + spans.start[chosen], n) + within
+        found = source.read(spans.document[chosen], spans.start[chosen], spans.stop[chosen])
         if len(chosen) == len(spans):
-            ids[:total] = source.tokens[at]
+            ids[:total] = found
         else:
-            ids[np.repeat(begin[chosen], n) + within] = source.tokens[at]
+            ids[ranges(begin[chosen], count[chosen])] = found
 
     first_span = np.searchsorted(row_of_span, np.arange(b + 1))
     doc_ids = np.full(b * L, -1, np.int64)
@@ -138,9 +138,10 @@ def _check_ranks(name: str, rows: int, rank: int, world_size: int) -> None:
 class PackedLoader:
     """An endless iterator over this rank's rows of each global batch.
 
-    `global_batch_size` rows a batch over all `world_size` ranks; rank r gets the r-th part. With `data.prefetch` above
-    zero that many batches are made ahead by a thread, whose errors come out of `next`. With `device` the tensors are
-    moved there when they are handed out.
+    `global_batch_size` rows of data.seq_len a batch over all `world_size` ranks; rank r gets the r-th part.
+    `run_tokens` is the length of the run, which token budgets beside weights need. With `data.prefetch` above zero that
+    many batches are made ahead by a thread, whose errors come out of `next`. With `device` the tensors are moved there
+    when they are handed out.
 
     Sources are opened on construction, and tokenised if the cache lacks them (`progress` gets lines about it).
     Raises :class:`UserError` for bad sources, and for a source with fewer tokens in an epoch than one row.
@@ -158,8 +159,10 @@ class PackedLoader:
         split: str = "train",
         device: torch.device | str | None = None,
         progress: Callable[[str], None] | None = None,
+        run_tokens: int | None = None,
     ):
         _check_ranks("train.global_batch_size", global_batch_size, rank, world_size)
+        self.mixture = mixture_of(data, run_tokens)
         self._data, self._seed, self._tokenizer = data, seed, tokenizer
         self._per_batch, self._rank, self._world = global_batch_size, rank, world_size
         self._device = torch.device(device) if device is not None else None
@@ -170,13 +173,15 @@ class PackedLoader:
                     f"data.blend.{number}: the source {source.name} has {source.num_tokens} tokens in its {split} "
                     f"split, one row needs data.seq_len = {data.seq_len}; add text or shorten the rows"
                 )
-        self._blend = Blend(
-            [source.lengths for source in self.sources],
-            [source.weight for source in data.blend],
-            seed=seed,
-            shuffle=data.shuffle,
-        )
-        self._row = 0  # the first row of the next batch to be made
+        self._phase = 0
+        first = self.mixture.phases[0]
+        lengths = [source.lengths for source in self.sources]
+        self._blend = Blend(lengths, first.weights, seed=seed, shuffle=data.shuffle, epochs=first.caps)
+        # Of the next batch to be made: its number, its first row, tokens before it, and those of each source; and where
+        # the batch before it began.
+        self._batch = self._row = self._tokens = 0
+        self._began = -1
+        self._drawn = [0] * len(self.sources)
         self._position = self._where()  # after the last batch handed out
         self._queue: queue.Queue[Any] | None = None
         self._stop = threading.Event()
@@ -187,6 +192,11 @@ class PackedLoader:
     def tokens_per_epoch(self) -> list[int]:
         """Tokens of one epoch of each source."""
         return [source.num_tokens for source in self.sources]
+
+    def realised(self) -> list[dict[str, Any]]:
+        """What the batches handed out held: for each source its name, tokens, and epochs."""
+        drawn = zip(self.sources, self._position["tokens_of"], strict=True)
+        return [{"source": s.name, "tokens": n, "epochs": round(n / s.num_tokens, 4)} for s, n in drawn]
 
     # ---------------------------------------------------------------------------------------------------- iteration
 
@@ -212,11 +222,23 @@ class PackedLoader:
         return batch.to(self._device) if self._device is not None else batch
 
     def _make(self) -> tuple[Batch, dict[str, Any]]:
-        spans = self._blend.take(self._per_batch * self._data.seq_len)
-        rows = _own_rows(self._row, self._per_batch, self._rank, self._world)
+        cycle, seq_len = self._data.seq_len_cycle, self._data.seq_len
+        number = self.mixture.number_at(self._tokens)
+        if number != self._phase:
+            self._phase, phase = number, self.mixture.phases[number]
+            self._blend.reweigh(phase.weights, phase.caps)
+        length = cycle[self._batch % len(cycle)] if cycle else seq_len
+        per_batch, count = self._per_batch * (seq_len // length), self._per_batch * seq_len
+        spans = self._blend.take(count)
+        if int(spans.tokens.sum()) < count:
+            raise UserError("data.blend: every source has reached its max_epochs; raise a cap, or end the run here")
+        rows = _own_rows(self._row, per_batch, self._rank, self._world)
         mask = self._data.append_eod and not self._data.train_on_eod
-        batch = _assemble(spans, self.sources, self._row, rows, self._data.seq_len, mask)
-        self._row += self._per_batch
+        batch = _assemble(spans, self.sources, self._row, rows, length, mask)
+        self._batch, self._row = self._batch + 1, self._row + per_batch
+        self._began, self._tokens = self._tokens, self._tokens + count
+        drawn = np.bincount(spans.source, spans.tokens, len(self.sources)).astype(np.int64)
+        self._drawn = [before + more for before, more in zip(self._drawn, drawn.tolist(), strict=True)]
         if self._device is not None and self._device.type == "cuda":
             batch = batch.pin()
         return batch, self._where()
@@ -266,21 +288,32 @@ class PackedLoader:
     # -------------------------------------------------------------------------------------------------------- state
 
     def _where(self) -> dict[str, Any]:
-        return {"row": self._row, **self._blend.state_dict()}
+        counts = {"batch": self._batch, "row": self._row, "began": self._began, "tokens": self._tokens}
+        return {**counts, "tokens_of": self._drawn, **self._blend.state_dict()}
 
     def _restore(self, position: dict[str, Any]) -> None:
-        self._row = int(position["row"])
-        self._blend.load_state_dict(position)
+        self._batch, self._row = int(position["batch"]), int(position["row"])
+        self._began, self._tokens = int(position["began"]), int(position["tokens"])
+        new = [0] * (len(self.sources) - len(position["tokens_of"]))  # sources of phases that were added since
+        self._drawn = [*map(int, position["tokens_of"]), *new][: len(self.sources)]
+        self._phase = self.mixture.number_at(max(self._began, 0))
+        phase = self.mixture.phases[self._phase]
+        self._blend.reweigh(phase.weights, phase.caps)
+        drawn = [*position["drawn"], *([0, 0, 0] for _ in new)][: len(self.sources)]
+        self._blend.load_state_dict({"drawn": drawn, "begun": position["begun"]})
         self._position = self._where()
 
     def _identity(self) -> dict[str, Any]:
         """What a position means something for."""
-        data = self._data
+        data, phases = self._data, self.mixture.phases
         return {
             "seq_len": data.seq_len,
+            "seq_len_cycle": list(data.seq_len_cycle),
             "seed": self._seed,
             "shuffle": data.shuffle,
-            "weights": [float(source.weight) for source in data.blend],
+            "starts": [phase.start for phase in phases],
+            "weights": [phase.weights for phase in phases],
+            "caps": [phase.caps for phase in phases],
             "names": [source.name for source in self.sources],
             "fingerprints": [source.fingerprint for source in self.sources],
             "tokenizer": self._tokenizer.fingerprint,
@@ -296,13 +329,16 @@ class PackedLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on exactly after the last token of a `state_dict`.
 
-        World size, global batch size and prefetching may differ; raises :class:`UserError` when the data, their
-        weights, the tokenizer, the length of rows or the seed do.
+        World size, global batch size and prefetching may differ, and phases that had not begun; raises
+        :class:`UserError` when the data read so far, their weights, the tokenizer, the length of rows or the seed do.
         """
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
             raise UserError("the saved data position is of another version of nemo_lite, or damaged")
-        saved, mine = state["identity"], self._identity()
-        keys = {"seq_len": "data.seq_len", "seed": "seed", "shuffle": "data.shuffle", "weights": "data.blend weights"}
+        position = state["position"]
+        saved, mine = _begun(state["identity"], position["began"]), _begun(self._identity(), position["began"])
+        keys = {"seq_len": "data.seq_len", "seq_len_cycle": "data.seq_len_cycle", "seed": "seed",
+                "shuffle": "data.shuffle", "starts": "data.phases tokens", "weights": "data.blend weights",
+                "caps": "data.blend max_epochs"}  # fmt: skip
         for name, key in keys.items():
             if saved[name] != mine[name]:
                 raise UserError(
@@ -314,7 +350,7 @@ class PackedLoader:
                 raise UserError(
                     "data.tokenizer: the run was saved with another tokenizer and cannot go on with this one"
                 )
-            for number, (before, now) in enumerate(zip(saved["fingerprints"], mine["fingerprints"], strict=True)):
+            for number, (before, now) in enumerate(zip(saved["fingerprints"], mine["fingerprints"])):
                 if before != now:
                     raise UserError(
                         f"data.blend.{number}: the tokens of {mine['names'][number]} are not those of "
@@ -322,7 +358,22 @@ class PackedLoader:
                         "data.append_eod, or start a new run"
                     )
         self._end_thread()
-        self._restore(state["position"])
+        self._restore(position)
+
+
+def _begun(identity: dict[str, Any], began: int) -> dict[str, Any]:
+    """An identity without the phases that no step up to the one from token `began` on has read, and their sources."""
+    count = max(1, sum(start <= began for start in identity["starts"]))
+    weights, caps = identity["weights"][:count], identity["caps"][:count]
+    used = max(i for phase in weights for i, weight in enumerate(phase) if weight) + 1
+    return {
+        **identity,
+        "starts": identity["starts"][:count],
+        "weights": [phase[:used] for phase in weights],
+        "caps": [phase[:used] for phase in caps],
+        "names": identity["names"][:used],
+        "fingerprints": identity["fingerprints"][:used],
+    }
 
 
 class ValidationBatches:
@@ -340,10 +391,15 @@ class ValidationBatches:
         num_batches: int,
         rank: int,
         world_size: int,
+        run_tokens: int | None = None,
     ):
         self.sources = sources
         self._data, self._rows, self._rank, self._world = data, rows_per_batch, rank, world_size
         per_batch = rows_per_batch * data.seq_len
+        # A source of a later phase counts with its weight there: what is validated on stays the same all through.
+        phases = mixture_of(data, run_tokens).phases
+        columns = zip(*(phase.weights for phase in phases), strict=True)
+        self._weights = [next(weight for weight in column if weight) for column in columns]
         available = sum(source.num_tokens for source in sources)
         self._batches = min(num_batches, -(-available // per_batch))
 
@@ -352,8 +408,9 @@ class ValidationBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         data = self._data
-        lengths, weights = [source.lengths for source in self.sources], [source.weight for source in data.blend]
-        blend = Blend(lengths, weights, shuffle=False, repeat=False)
+        blend = Blend(
+            [source.lengths for source in self.sources], self._weights, shuffle=False, epochs=[1] * len(self.sources)
+        )
         mask = data.append_eod and not data.train_on_eod
         for number in range(self._batches):
             first = number * self._rows
@@ -371,6 +428,7 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[str], None] | None = None,
+    run_tokens: int | None = None,
 ) -> ValidationBatches:
     """This rank's part of at most `num_batches` batches of `rows_per_batch` rows (over all ranks) of held-out text.
 
@@ -384,15 +442,13 @@ def validation_batches(
             f"data.validation_fraction: {data.validation_fraction} leaves no document of {names} for validation; raise "
             "it, add documents, or set eval.every=0"
         )
-    return ValidationBatches(data, sources, rows_per_batch, num_batches, rank, world_size)
+    return ValidationBatches(data, sources, rows_per_batch, num_batches, rank, world_size, run_tokens)
 
 
 def _open_all(
     data: DataConfig, tokenizer: Tokenizer, split: Any, progress: Callable[[str], None] | None
 ) -> list[TokenSource]:
-    if not data.blend:
-        raise UserError("data.blend: it names no source")
-    return [open_source(source, data, tokenizer, split, progress) for source in data.blend]
+    return [open_source(source, data, tokenizer, split, progress) for source in unique_sources(data)]
 
 
 def prepare(

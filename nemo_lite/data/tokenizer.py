@@ -115,6 +115,11 @@ class Tokenizer:
         """Id of the padding token, or None."""
         return self._first(PAD_NAMES)
 
+    def special_id(self, name: str) -> int | None:
+        """Id of the special token of this name, or None."""
+        index = self.backend.token_to_id(name)
+        return index if index in self._special else None
+
     def _first(self, names: Iterable[str]) -> int | None:
         ids = (self.backend.token_to_id(name) for name in names)
         return next((index for index in ids if index is not None), None)
@@ -331,8 +336,9 @@ def bytes_tokenizer() -> Tokenizer:
     return Tokenizer(backend, name="bytes")
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE of at most `vocab_size` ids, special tokens and the 256 bytes included.
+def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = ()) -> Tokenizer:
+    """Train a byte-level BPE of at most `vocab_size` ids, special tokens (`special` after our own) and the 256 bytes
+    included.
 
     Lossless, and deterministic: the same texts in the same order give the same tokenizer. A corpus too small for that
     many merges gives fewer ids.
@@ -340,7 +346,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    least = 256 + len(SPECIAL_TOKENS)
+    names = list(dict.fromkeys((*SPECIAL_TOKENS, *special)))
+    least = 256 + len(names)
     if vocab_size < least:
         raise UserError(
             f"a vocabulary of {vocab_size} is too small: it needs {least} ids for the 256 bytes and the special tokens"
@@ -350,7 +357,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=_special(SPECIAL_TOKENS),
+        special_tokens=_special(names),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -421,6 +428,9 @@ def _parser() -> argparse.ArgumentParser:
         help="share held out, as data.validation_fraction of the recipe that will use it (default: %(default)s)",
     )
     train.add_argument("--on-bad-line", choices=["fail", "skip"], default="fail", help="a jsonl line that is not JSON")
+    train.add_argument(
+        "--special", action="append", default=[], metavar="NAME", help="another special token; may be repeated"
+    )
     train.add_argument("--out", required=True, help="tokenizer.json to write, or a folder for it and its configuration")
     train.add_argument("--json", action="store_true", help="print one JSON object")
     train.set_defaults(run=_train)
@@ -457,7 +467,7 @@ def _train(arguments: argparse.Namespace) -> int:
                 counts["bytes"] += len(document.text.encode("utf-8", "replace"))
             yield document.text
 
-    tokenizer = train_bpe(texts("train"), arguments.vocab_size)
+    tokenizer = train_bpe(texts("train"), arguments.vocab_size, arguments.special)
     seconds = time.perf_counter() - started
     out = Path(arguments.out)
     try:

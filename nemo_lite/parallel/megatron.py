@@ -820,13 +820,13 @@ class Trainer:
 
     def step(self, micros: list[Any], rate: float, stopping: bool = False):
         """One optimizer step over this data-parallel rank's micro batches of a global batch."""
-        from nemo_lite.train.loop import StepResult
+        from nemo_lite.train.loop import StepResult, global_rows
 
         cp, depth = parallel_state.get_context_parallel_group(), self.depth
         batches = [Tokens.of(m.input_ids, m.doc_ids, m.labels, depth) for m in micros]
         counts = torch.stack([tokens.label_counts() for tokens in batches]).sum(0)
         dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
-        normalizers = Normalizers(counts.double().tolist(), float(self.recipe.train.global_batch_size))
+        normalizers = Normalizers(counts.double().tolist(), global_rows(self.recipe, micros))
         for ddp in self.optimizer.ddp:
             ddp.zero_grad_buffer()
         measured = self._run([sequence.cut(tokens, cp.rank(), cp.size()) for tokens in batches], normalizers)

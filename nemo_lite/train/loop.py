@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_lite import process
 from nemo_lite.config import Recipe, UserError, recipe_to_yaml
 from nemo_lite.data import PackedLoader, check_vocabulary, load_tokenizer, prepare, validation_batches
+from nemo_lite.data.mixture import budget_warnings, expected, lines, refuse_short, table, warnings
 from nemo_lite.model.hybrid import HybridLM, Normalizers
 from nemo_lite.parallel.layers import Layers
 from nemo_lite.parallel.native import (
@@ -32,6 +34,7 @@ from nemo_lite.parallel.native import start as start_world
 from nemo_lite.precision.linear import Numerics
 from nemo_lite.precision.recipe import formats as number_formats
 from nemo_lite.precision.statistics import Statistics
+from nemo_lite.process import PROCESS_FILE
 from nemo_lite.train.checkpoint import Checkpointer, checkpoints, newest_whole, read_state
 from nemo_lite.train.loss import label_counts
 from nemo_lite.train.metrics import Metrics, environment, load_summary, memory_gb, peak_flops
@@ -134,14 +137,16 @@ def _train(recipe: Recipe, engine: Any, world: World, stack: ExitStack) -> Path:
     loader = stack.enter_context(
         PackedLoader(
             recipe.data, tokenizer, seed=recipe.seed, global_batch_size=config.global_batch_size, rank=world.data_rank,
-            world_size=world.data_size, device=world.device,
+            world_size=world.data_size, device=world.device, run_tokens=recipe.run_tokens,
         )
     )  # fmt: skip
+    planned = expected(loader.mixture, loader.tokens_per_epoch, recipe.run_tokens)
+    refuse_short(planned)
     held_out = None
     if recipe.eval.every:
         held_out = validation_batches(
             recipe.data, tokenizer, rows_per_batch=config.global_batch_size, num_batches=recipe.eval.batches,
-            rank=world.data_rank, world_size=world.data_size,
+            rank=world.data_rank, world_size=world.data_size, run_tokens=recipe.run_tokens,
         )  # fmt: skip
     byte_lengths = torch.tensor(tokenizer.byte_lengths(), device=world.device)
 
@@ -159,17 +164,26 @@ def _train(recipe: Recipe, engine: Any, world: World, stack: ExitStack) -> Path:
     if resume:
         saved = saver.load(resume, model, optimizer)
         state = TrainState(**saved["train"])
-        loader.load_state_dict(saved["data"])
-        say(f"resuming {run_dir} at step {state.step} of {config.steps}")
+        other = resume.parent.parent != run_dir
+        try:
+            loader.load_state_dict(saved["data"])
+        except UserError as error:
+            if not other:
+                raise
+            say(f"the data begin anew: {error}")
+        say(f"{f'going on from {resume}' if other else f'resuming {run_dir}'} at step {state.step} of {config.steps}")
 
     metrics = None
     peak = peak_flops(world.device, getattr(torch, config.dtype))
     machine_peak = float(world.sum_(torch.tensor(peak[0] or 0.0, dtype=torch.float64, device=world.device)))
     from nemo_lite.check import flops_per_token, parameter_counts
 
-    flops = flops_per_token(recipe.model, recipe.data.seq_len)["train"]
+    cycle = recipe.data.seq_len_cycle or [recipe.data.seq_len]
+    flops = sum(flops_per_token(recipe.model, length)["train"] for length in cycle) // len(cycle)
+    end = config.stop_after or config.steps
     if world.main:
         run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / PROCESS_FILE).write_text(json.dumps(process.facts()) + "\n")
         (run_dir / "recipe.yaml").write_text(recipe_to_yaml(recipe))
         tokenizer.save_pretrained(run_dir / "tokenizer")
         counts = parameter_counts(recipe.model)
@@ -180,6 +194,9 @@ def _train(recipe: Recipe, engine: Any, world: World, stack: ExitStack) -> Path:
         (run_dir / "env.json").write_text(json.dumps(facts, indent=1) + "\n")
         metrics = stack.enter_context(Metrics(run_dir, recipe.log, total_steps=config.steps, resume_step=state.step))
         metrics.note(_introduction(recipe, world, model, loader))
+        metrics.note("\n".join(["what will be read:", *lines(table(planned))]))
+        for warning in [*warnings(planned), *budget_warnings(recipe.data, recipe.run_tokens)]:
+            metrics.note(f"warning: {warning}")
 
     def checkpoint() -> None:
         saver.save(
@@ -192,11 +209,12 @@ def _train(recipe: Recipe, engine: Any, world: World, stack: ExitStack) -> Path:
     window = Window(state)
     with signals() as stopping:
         batches = iter(loader)
-        while state.step < config.steps:
+        while state.step < end:
             waited = time.perf_counter()
             batch = next(batches)
             window.data_seconds += time.perf_counter() - waited
-            micros = list(batch.to(world.device).split(config.micro_batch_size))
+            more = recipe.data.seq_len // batch.input_ids.shape[1]  # rows for one of data.seq_len
+            micros = list(batch.to(world.device).split(config.micro_batch_size * more))
             rate = learning_rate(state.step, config.steps, recipe.optim, recipe.schedule)
             model.numerics.on = state.step < config.steps - recipe.precision.bf16_last_steps
             model.numerics.step = state.step
@@ -206,13 +224,13 @@ def _train(recipe: Recipe, engine: Any, world: World, stack: ExitStack) -> Path:
             # A checkpoint that one rank could not write stops them all, at the same step.
             result = trainer.step(micros, rate, stopping() or saver.failed)
             state.step += 1
-            state.tokens += config.global_batch_size * recipe.data.seq_len
+            state.tokens += recipe.tokens_per_step
             window.add(result)
             if result.finite:
                 state.nonfinite_in_a_row = 0
             else:
                 _not_finite(state, batch, run_dir, recipe, world, metrics)
-            last = state.step == config.steps
+            last = state.step == end
             measured = {}
             if statistics is not None:
                 measured["quantisation"] = statistics.record()
@@ -221,8 +239,8 @@ def _train(recipe: Recipe, engine: Any, world: World, stack: ExitStack) -> Path:
             if metrics is not None:
                 metrics.advance(state.step)
                 if state.step % recipe.log.every == 0 or last or state.step == 1 or measured:
-                    record = window.record(rate, machine_peak, flops, memory_gb(world.device), config.steps)
-                    metrics.log({**record, **measured})
+                    record = window.record(rate, machine_peak, flops, memory_gb(world.device), end)
+                    metrics.log({**record, **measured, "sources": loader.realised()})
             if held_out is not None and (state.step % recipe.eval.every == 0 or last):
                 began = time.perf_counter()
                 record = trainer.evaluate(held_out, byte_lengths)
@@ -241,7 +259,10 @@ def _train(recipe: Recipe, engine: Any, world: World, stack: ExitStack) -> Path:
     if metrics is not None:
         from nemo_lite.train.report import write_report
 
+        read = [[each["source"], f"{each['tokens']:,}", f"{each['epochs']:.2f}"] for each in loader.realised()]
+        metrics.note("\n".join(["what was read:", *lines([["source", "tokens", "epochs"], *read], left=1)]))
         metrics.note(f"checkpoint {run_dir}/checkpoints/step_{state.step}, report {write_report(run_dir)}")
+        (run_dir / PROCESS_FILE).unlink(missing_ok=True)
     world.barrier()
     return run_dir
 
@@ -266,6 +287,8 @@ def build_model(recipe: Recipe, world: World, fresh: bool = True) -> HybridLM:
     if fresh and recipe.init_from:
         from nemo_lite.model.hf import load_weights
 
+        if not Path(recipe.init_from).is_dir():
+            raise UserError(f"init_from: {recipe.init_from} does not exist; the stage that writes it has to run first")
         load_weights(model, Path(recipe.init_from))
     elif fresh:
         model.init_weights(recipe.seed)
@@ -273,6 +296,12 @@ def build_model(recipe: Recipe, world: World, fresh: bool = True) -> HybridLM:
         for block in [*model.layers, *(model.mtp.layers if model.mtp is not None else [])]:
             block.compile()
     return model
+
+
+def global_rows(recipe: Recipe, micros: list[Any]) -> float:
+    """Rows of a step over all ranks: under data.seq_len_cycle as many more as they are shorter."""
+    more = recipe.data.seq_len // micros[0].input_ids.shape[1] if recipe.data.seq_len_cycle else 1
+    return float(recipe.train.global_batch_size * more)
 
 
 def train_step(
@@ -292,7 +321,7 @@ def train_step(
     depth = model.depth
     counts = sum(label_counts(micro.labels, micro.doc_ids, depth) for micro in micros)
     counts = world.sum_(torch.as_tensor(counts, device=world.device))
-    normalizers = Normalizers([float(n) for n in counts], float(recipe.train.global_batch_size))
+    normalizers = Normalizers([float(n) for n in counts], global_rows(recipe, micros))
     names: list[str] = []
     measured: list[Tensor] = []
     for i, micro in enumerate(micros):
@@ -447,6 +476,10 @@ def _resume_from(run_dir: Path, recipe: Recipe, say) -> Path | None:
             f"none of the {len(old)} checkpoints in {old[0].parent} is whole, and starting anew would replace them; "
             "move them away, or set another run_dir"
         )
+    if found is None and recipe.resume_from:
+        found = newest_whole(Path(recipe.resume_from), say)
+        if found is None:
+            raise UserError(f"resume_from: {recipe.resume_from} has no whole checkpoint to go on from")
     if found is not None:
         _refuse_other_model(found, recipe)
     return found

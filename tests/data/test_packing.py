@@ -3,11 +3,11 @@ import json
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data.loaders import BYTES, fake_sources, same, take
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,28 +15,13 @@ from nemo_lite.config import DataConfig, SourceConfig, UserError
 from nemo_lite.data import blend as blends
 from nemo_lite.data import packing
 from nemo_lite.data.blend import Blend, shuffled
-from nemo_lite.data.packing import Batch, PackedLoader, prepare, validation_batches
-from nemo_lite.data.sources import TokenSource
-from nemo_lite.data.tokenizer import load_tokenizer
+from nemo_lite.data.packing import PackedLoader, prepare, validation_batches
 
-BYTES = load_tokenizer("bytes")
 EOD = 256
 QUICK = settings(max_examples=60, deadline=None)
 
 lengths_of = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 blends_of = st.lists(st.tuples(lengths_of, st.floats(0.1, 10)), min_size=1, max_size=3)
-
-
-def fake_sources(lengths: list[list[int]]) -> list[TokenSource]:
-    """Sources whose every token is a number of its own; the last of a document is its end."""
-    found, first = [], 0
-    for number, each in enumerate(lengths):
-        offsets = np.concatenate([[0], np.cumsum(each)]).astype(np.int64)
-        tokens = np.arange(first, first + offsets[-1], dtype=np.uint32)
-        first += len(tokens)
-        meta = {"fingerprint": json.dumps(each)}
-        found.append(TokenSource(f"fake{number}", "train", Path(), tokens, offsets, meta))
-    return found
 
 
 def make(lengths, weights=None, *, seq_len=8, rows=4, seed=0, fakes=None, rank=0, world_size=1, **more) -> PackedLoader:
@@ -52,20 +37,6 @@ def make(lengths, weights=None, *, seq_len=8, rows=4, seed=0, fakes=None, rank=0
         return PackedLoader(data, BYTES, seed=seed, global_batch_size=rows, rank=rank, world_size=world_size)
     finally:
         packing._open_all = original
-
-
-def take(loader, count) -> list[Batch]:
-    return [next(loader) for _ in range(count)]
-
-
-def same(a: list[Batch], b: list[Batch]) -> bool:
-    tensors = ("input_ids", "doc_ids", "labels", "continued")
-    return len(a) == len(b) and all(
-        all(torch.equal(getattr(x, name), getattr(y, name)) for name in tensors)
-        and x.rows == y.rows
-        and x.sources == y.sources
-        for x, y in zip(a, b, strict=True)
-    )
 
 
 # --------------------------------------------------------------------------------------------------------- the blend

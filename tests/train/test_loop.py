@@ -253,3 +253,39 @@ def test_compiled_layers_train_alike(forks, tmp_path):
     forks.train("resume", tmp_path / "plain", *small)
     forks.train("resume", tmp_path / "compiled", *small, "train.compile=true")
     close(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), exact=False)
+
+
+# ----------------------------------------------------------------------------------------- phases, stages of a pipeline
+
+MIXED = (
+    "data.blend=[{source: tests/fixtures/text, max_epochs: 1}, {source: tests/fixtures/text/short.jsonl, weight: 0.2}]",
+    "data.phases=[{tokens: 3000, blend: [{source: tests/fixtures/text/short.jsonl}]}]",
+    "data.seq_len_cycle=[64, 16]",
+)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_in_two_stages(forks, tmp_path, ranks):
+    """Phase 1 until stop_after, then the rest: bit for bit the run in one go, over phases and row lengths."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    output = forks.train("resume", whole, *MIXED, "schedule.kind=cosine", ranks=ranks)
+    assert "what will be read:" in output and "3,000       tests/fixtures/text/short.jsonl" in output
+    assert "what was read:" in output
+    stopped = forks.train("resume", parts, *MIXED, "schedule.kind=cosine", "train.stop_after=7", ranks=ranks)
+    assert f"checkpoint {parts}/checkpoints/step_7" in stopped
+    assert step_of(newest_whole(parts, print)) == 7 and list(losses(parts)) == list(range(1, 8))
+    again = forks.train("resume", parts, *MIXED, "schedule.kind=cosine", "train.stop_after=7", ranks=ranks)
+    assert "at step 7 of 10" in again and list(losses(parts)) == list(range(1, 8))
+    forks.train("resume", parts, *MIXED, "schedule.kind=cosine", ranks=ranks)
+    assert losses(parts) == losses(whole)
+    last, expected = records(parts)[-1], records(whole)[-1]
+    assert last["sources"] == expected["sources"] and last["lr"] == expected["lr"]
+    assert sum(each["tokens"] for each in last["sources"]) == 10 * 8 * 64
+    assert [each["source"] for each in last["sources"]] == ["tests/fixtures/text", "tests/fixtures/text/short.jsonl"]
+    assert "Data read" in (parts / "report.html").read_text()
+
+
+def test_a_blend_that_ends_too_soon(forks, tmp_path):
+    cap = "data.blend=[{source: tests/fixtures/text/short.jsonl, max_epochs: 1}]"
+    output = forks.train("resume", tmp_path / "run", cap, "train.steps=1000", code=1)
+    assert "max_epochs leaves" in output and not (tmp_path / "run" / "metrics.jsonl").exists()
