@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,29 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     return path, folder
 
 
+def refuse_to_replace(target: Path) -> None:
+    """UserError where `target` is something else than a MODEL_DIR or an empty folder."""
+    if target.exists() and not (target / "config.json").exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is no MODEL_DIR; it is left as it is")
+
+
+@contextmanager
+def new_model_dir(target: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes the MODEL_DIR `target`: whole or not at all; in another's place."""
+    refuse_to_replace(target)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    except OSError as error:
+        raise UserError(f"{target} could not be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def export(
     source: Path, target: Path, dtype: str | None = None, format: str | None = None, calibration_rows: int = 8,
     reader: str | None = None,
@@ -51,8 +77,7 @@ def export(
     from nemo_lite.train.checkpoint import Weights, load_tensors, read_state
 
     run_dir, folder = find_checkpoint(source)
-    if target.exists() and not (target / "config.json").exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} exists and is no MODEL_DIR; it is left as it is")
+    refuse_to_replace(target)
     recipe = load_recipe(run_dir / "recipe.yaml", resolved=True)
     if reader == "vllm" and (problems := vllm_problems(recipe.model)):
         raise UserError(f"{run_dir}: {problems[0]}; nothing is written")
@@ -76,16 +101,8 @@ def export(
     if format is not None:
         dtype = dtype or "bfloat16"
         options = _packing(model, recipe, tokenizer, trained, format, calibration_rows)
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_model_dir(target) as partial:
         model.save_pretrained(partial, dtype=getattr(torch, dtype) if dtype else None, tokenizer=tokenizer, **options)
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{target} could not be written: {error.strerror or error}") from error
     return {
         "model_dir": str(target),
         "checkpoint": str(folder),
@@ -151,7 +168,9 @@ def _input_ranges(model, recipe, tokenizer, rows: int) -> dict[str, float]:
 
     prepare(recipe.data, tokenizer, validation=False, progress=lambda text: None)
     model.numerics.watch, model.numerics.after = watch, True
-    with PackedLoader(recipe.data, tokenizer, seed=recipe.seed, global_batch_size=rows) as loader, torch.no_grad():
+    data = dataclasses.replace(recipe.data, seq_len_cycle=[])
+    loader = PackedLoader(data, tokenizer, seed=recipe.seed, global_batch_size=rows, run_tokens=recipe.run_tokens)
+    with loader, torch.no_grad():
         for micro in next(iter(loader)).split(recipe.train.micro_batch_size):
             model(micro.input_ids, doc_ids=micro.doc_ids, labels=micro.labels)
     model.numerics.watch, model.numerics.after = None, False

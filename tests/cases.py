@@ -265,3 +265,23 @@ def state_of(path: str, overrides: list[str], out: str) -> None:
     }  # fmt: skip
     saver.close()
     setup.end(found, out)
+
+
+def memory_of_merging(run_dirs: list[str], target: str, window: int, out: str) -> None:
+    """Bytes that this process's memory grows by at most while it merges the last of two runs, in files of 4 MB."""
+    import json
+
+    from nemo_lite.merge import merge
+    from nemo_lite.model import hf
+
+    def resident(what: str) -> int:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+        return int(line.split()[1]) * 1024
+
+    save = hf.save_model
+    hf.save_model = lambda *args, **options: save(*args, shard_bytes=4_000_000, **options)
+    for run_dir in run_dirs:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = resident("VmRSS")
+        merge([Path(run_dir)], Path(target), window=window)
+    Path(out).write_text(json.dumps(resident("VmHWM") - before))

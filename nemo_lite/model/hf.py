@@ -355,6 +355,29 @@ def check_tensors(table: list[Row], files: TensorFiles, where: str, tied: bool) 
         raise UserError(f"{where} does not fit its config.json: {'; '.join(problems)}")
 
 
+class Stored:
+    """The weights of a MODEL_DIR by our names, one at a time: nobody holds the model."""
+
+    def __init__(self, model_dir: Path):
+        from nemo_lite.model.hybrid import HybridLM
+
+        self.folder, self.config = model_dir, load_config(model_dir)
+        model, self.files = HybridLM(self.config, device="meta"), TensorFiles(model_dir)
+        table, tied = rows(model), self.config.tie_word_embeddings
+        check_tensors(table, self.files, str(model_dir), tied)
+        self.shapes = {name: tensor.shape for name, tensor in _tensors(model).items()}
+        self._rows = {row.ours: row for row in table}
+        if tied:
+            self._rows["head.weight"] = self._rows["embedding.weight"]
+        # Weights in codes are float32 numbers that no narrower dtype holds.
+        self.dtype = torch.float32 if self.files.quantised else self.files.dtype(table[0].theirs[0])
+
+    def __call__(self, name: str, like: Tensor | None = None) -> Tensor:
+        """A weight in the dtype it is stored in, whatever `like` is."""
+        row = self._rows[name]
+        return from_hf(row, [self.files.get(theirs) for theirs in row.theirs], self.shapes[name])
+
+
 @torch.no_grad()
 def load_weights(model: nn.Module, model_dir: Path, packed=None, whole: nn.Module | None = None) -> None:
     """Copy a MODEL_DIR's tensors into a model, one at a time; a rank that holds a part keeps only its part. Those that

@@ -160,13 +160,14 @@ class HybridLM(nn.Module):
         creation nor on how many ranks hold them.
         """
         for name, parameter in self.named_parameters():
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed * 0x9E3779B1 & 0xFFFFFFFF))
             whole = parameter.part.shape if hasattr(parameter, "part") else parameter.shape
-            copy_whole(parameter, self._initial(name, whole, generator))
+            copy_whole(parameter, self.initial(name, whole, seed))
         for buffer in self.buffers():
             buffer.zero_()
 
-    def _initial(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    def initial(self, name: str, shape: torch.Size, seed: int = 0) -> Tensor:
+        """The initial values of the parameter of this name and (whole) shape."""
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed * 0x9E3779B1 & 0xFFFFFFFF))
         config, leaf = self.config, name.rsplit(".", 2)
         value = torch.empty(shape)
         if leaf[-1] == "A_log":
