@@ -14,7 +14,7 @@ step "export: a Hugging Face NemotronH directory, MTP tensors included"
 nemo-lite export runs/demo --to runs/demo/model
 
 step "evaluation on held-out files"
-nemo-lite evaluate runs/demo/model --validation-fraction 0.05 --seq-len 256 --threads 2
+nemo-lite evaluate runs/demo/model --validation-fraction 0.05 --seq-len 256 --threads 2 --to runs/demo/evaluation
 
 prompt='def read_config(path):
     """Read a configuration file and return'
@@ -23,4 +23,4 @@ nemo-lite generate runs/demo/model --prompt "$prompt" --max-tokens 96 --stats --
 step "the same completion, drafted by the model's own MTP block and verified"
 nemo-lite generate runs/demo/model --prompt "$prompt" --max-tokens 96 --speculative mtp --stats --threads 2
 
-printf '\nmodel   runs/demo/model\nreport  runs/demo/report.html (open it in a browser)\n'
+printf '\nmodel   runs/demo/model\nreport  runs/demo/report.html and runs/demo/evaluation/evaluation.html (open them in a browser)\n'

@@ -80,7 +80,7 @@ def test_generate_streams_the_prompt_and_its_continuation(capsys):
 
 
 def test_evaluate_prints_and_writes_json(capsys):
-    text = ["--source", FIXTURES / "text", "--validation-fraction", 0.2, "--prompts", 0, "--seq-len", 128]
+    text = ["--source", FIXTURES / "text", "--validation-fraction", 0.2, "--prompts", 0, "--seq-len", 128, "--ruler", 0]
     code, out, _ = run(capsys, "evaluate", MODEL_DIR, *text)
     assert code == 0 and "gzip -9" in out and "acceptance length, text" in out
     code, out, _ = run(capsys, "evaluate", MODEL_DIR, *text, "--json")

@@ -176,6 +176,7 @@ def chart(
     low: float | None = None,
     high: float | None = None,
     logarithmic: bool = False,
+    doubling: bool = False,
     show: Callable[[float], str] = _format,
     factor: float = 1.0,
     unit: str = "",
@@ -183,11 +184,13 @@ def chart(
     wide: bool = False,
     legend: str = "",
     level: float | None = None,
+    axis: str = "step",
 ) -> str:
-    """A card with one line chart; ``low`` and ``high`` bound the y axis where given, else the data do.
+    """A card with one line chart; ``low`` and ``high`` bound the y axis where given, else the data do. ``axis`` is what
+    x counts.
 
     ``show`` writes a value in the legend and the read-outs, ``factor`` and ``unit`` the axis. ``level`` draws a dashed
-    line at a value. A chart without a single value is a card that says so.
+    line at a value, ``doubling`` makes x a scale of powers of two. A chart without a value is a card that says so.
     """
     series = [one for one in series if one.last is not None]
     values = [y for one in series for _, y in one.points if y is not None]
@@ -210,7 +213,8 @@ def chart(
         bottom, top = (bottom if low is not None else bottom - margin), top + margin
         if min(values) >= 0:
             bottom = max(0.0, bottom)
-    left, right = min(steps), max(steps)
+    along: Callable[[float], float] = (lambda x: math.log2(max(x, 1.0))) if doubling else float
+    left, right = along(min(steps)), along(max(steps))
     if right <= left:
         left, right = left - 1, right + 1
     width = (right - left) * 1.02
@@ -222,12 +226,16 @@ def chart(
         return (value - bottom) / (top - bottom)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return (x - left) / width * 1000, (1 - min(max(up(y), -3), 4)) * 1000
+        return (along(x) - left) / width * 1000, (1 - min(max(up(y), -3), 4)) * 1000
 
     y_ticks = log_ticks(bottom, top) if logarithmic else ticks(bottom, top, 5 if height == "tall" else 4)
     if logarithmic and len(y_ticks) < 2:
         y_ticks = ticks(bottom, top, 4)
-    x_ticks = [x for x in ticks(min(steps), max(steps), 6) if x == int(x)]
+    if doubling:
+        x_ticks = [2.0**n for n in range(math.ceil(along(min(steps))), math.floor(along(max(steps))) + 1)]
+        x_ticks = x_ticks[:: -(-len(x_ticks) // 10)]
+    else:
+        x_ticks = [x for x in ticks(min(steps), max(steps), 6) if x == int(x)]
     drawing = [
         f'<line class="grid" x1="0" x2="1000" y1="{place(left, y)[1]:.1f}" y2="{place(left, y)[1]:.1f}"/>'
         for y in y_ticks
@@ -258,7 +266,7 @@ def chart(
         if one.style != "faint"
     ]
     ends = ", ".join(f"{one.name} {show(one.last)}" for one in series if one.legend and one.last is not None)
-    described = f"{title} from step {min(steps):.0f} to {max(steps):.0f}; last values: {ends}."
+    described = f"{title} from {axis} {min(steps):.0f} to {max(steps):.0f}; last values: {ends}."
     keys = legend or "".join(
         f'<li><i class="{one.style}" style="background:var(--{one.color})"></i>{escape(one.label or one.name)} '
         f"<b>{escape(show(one.last or 0.0))}</b></li>"
@@ -272,12 +280,12 @@ def chart(
     )
     x_labels = "".join(
         f'<span style="left:{place(x, bottom)[0] / 10:.2f}%">{escape(label)}</span>'
-        for x, label in zip(x_ticks, tick_labels(x_ticks), strict=True)
+        for x, label in zip(x_ticks, [f"{x:.0f}" for x in x_ticks] if doubling else tick_labels(x_ticks), strict=True)
     )
     return (
         f'<section class="{card}"><div class="head"><h2>{escape(title)}</h2><ul class="legend">{keys}</ul></div>'
         f'<div class="frame {height}"><div class="ys" aria-hidden="true">{y_labels}</div>'
-        f'<div class="plot" tabindex="0" data-chart="chart{number}">'
+        f'<div class="plot" tabindex="0" data-chart="chart{number}" data-axis="{axis}">'
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" '
         f'aria-labelledby="title{number} desc{number}"><title id="title{number}">{escape(title)}</title>'
         f'<desc id="desc{number}">{escape(described)}</desc>{"".join(drawing)}</svg></div>'
@@ -317,8 +325,11 @@ def short_names(names: Sequence[str]) -> list[str]:
     return list(names) if len(set(labels)) < len(names) or "" in labels else labels
 
 
-def heat_map(load: Mapping[str, Sequence[float]], step: float, *, number: int, wide: bool) -> str:
+def heat_map(
+    load: Mapping[str, Sequence[float]], step: float | None, *, number: int, wide: bool, title: str = "Expert load"
+) -> str:
     """A card with layers down, experts across, colour by the expert's share over its layer's mean."""
+    when = "" if step is None else f", at step {step:,.0f}"
     labels = short_names(list(load))
     rows: list[list[float]] = []
     for shares in load.values():
@@ -367,7 +378,7 @@ def heat_map(load: Mapping[str, Sequence[float]], step: float, *, number: int, w
     flat = [ratio for row in rows for ratio in row]
     dead = sum(ratio <= 0 for ratio in flat)
     described = (
-        f"Load of {experts} experts in {len(rows)} layers at step {step:.0f}, relative to the mean of their layer: "
+        f"Load of {experts} experts in {len(rows)} layers{when}, relative to the mean of their layer: "
         f"highest {max(flat):.2f}, lowest {min(flat):.2f}, {dead} without a token."
     )
     scale = "".join(f'<i class="{_level_class(level)}"></i>' for level in range(-LEVELS, LEVELS + 1))
@@ -377,7 +388,7 @@ def heat_map(load: Mapping[str, Sequence[float]], step: float, *, number: int, w
     )
     data = {"labels": labels, "rows": [[round(ratio, 2) for ratio in row] for row in rows]}
     return (
-        f'<section class="card{" wide" if wide else ""}"><div class="head"><h2>Expert load</h2>{legend}</div>'
+        f'<section class="card{" wide" if wide else ""}"><div class="head"><h2>{escape(title)}</h2>{legend}</div>'
         f'<div class="frame heat" style="--h:{pixels}px"><div class="ys" aria-hidden="true">{y_labels}</div>'
         f'<div class="plot" tabindex="0" data-heat="chart{number}">'
         f'<svg viewBox="0 0 {experts} {len(rows)}" preserveAspectRatio="none" role="img" '
@@ -385,7 +396,7 @@ def heat_map(load: Mapping[str, Sequence[float]], step: float, *, number: int, w
         f'<desc id="desc{number}">{described}</desc>{drawing}</svg>'
         f'<div class="values{" many" if experts > 10 else ""}" aria-hidden="true">{written}</div></div>'
         f'<div class="xs" aria-hidden="true">{x_labels}</div></div>'
-        f'<p class="caption">Tokens per expert over the mean of its layer, at step {step:,.0f}. '
+        f'<p class="caption">Tokens per expert over the mean of its layer{when}. '
         f"Layers down, experts across.</p>"
         f'<script type="application/json" id="chart{number}">{_json(data)}</script></section>'
     )
@@ -709,6 +720,25 @@ def _validation_table(run: Run) -> str:
     )
 
 
+def _sources_table(run: Run) -> str:
+    """What was read of each source, as realised."""
+    last = next((r for r in reversed(run.train) if isinstance(r.get("sources"), list)), None)
+    if last is None:
+        return ""
+    rows = [row for row in last["sources"] if isinstance(row, dict) and _number(row.get("tokens")) is not None]
+    whole = sum(row["tokens"] for row in rows) or 1
+    body = "".join(
+        f'<tr><th scope="row">{escape(str(row.get("source")))}</th><td>{row["tokens"]:,}</td>'
+        f"<td>{percent(row['tokens'] / whole)}</td><td>{_number(row.get('epochs')) or 0:.2f}</td></tr>"
+        for row in rows
+    )
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("Source", "Tokens", "Share", "Epochs"))
+    return (
+        f'<section class="card wide"><div class="head"><h2>Data read</h2></div><div class="scroll"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></section>"
+    )
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, (dict, list)):
         return json.dumps(value, ensure_ascii=False)
@@ -840,6 +870,7 @@ def page(run: Run) -> str:
     cards.append(_layers_over_time(run, 7, wide))
     cards.append(_quantisation(run))
     cards.append(_validation_table(run))
+    cards.append(_sources_table(run))
     return (
         "<!DOCTYPE html>\n"
         '<html lang="en"><head><meta charset="utf-8">'
@@ -1047,7 +1078,7 @@ _SCRIPT = """
       const lead = found.filter(pair => !pair[0].near)[0] || found[0];
       if (!lead) return;
       tip.textContent = '';
-      row(tip, 'step', lead[1][0].toLocaleString('en'));
+      row(tip, plot.dataset.axis, lead[1][0].toLocaleString('en'));
       const shown = found.filter(([one, point]) => !one.near || Math.abs(point[1] - x * 100) < 3);
       for (const [one, point] of shown.slice(0, 12))
         row(tip, one.near ? one.name + ' at ' + point[0].toLocaleString('en') : one.name, point[2]);
@@ -1121,13 +1152,24 @@ def write_report(run_dir: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``nemo-lite report RUN_DIR``."""
+    """``nemo-lite report RUN_DIR|DIR``."""
     parser = argparse.ArgumentParser(
         prog="nemo-lite report",
         description="Write RUN_DIR/report.html: loss curves, learning rate, throughput and expert load of a training "
-        "run, as one page that needs no server and no network.",
+        "run, as one page that needs no server and no network. Of a programme's folder DIR, one page about all its "
+        "stages, runs/DIR/report.html.",
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of a run, finished or still going")
+    parser.add_argument("folder", metavar="RUN_DIR|DIR", type=Path, help="a run, or a folder of stage files")
+    parser.add_argument("--prompt", metavar="TEXT", help="of a programme: what every stage's model completes")
     arguments = parser.parse_args(argv)
-    print(write_report(arguments.run_dir))
+    from nemo_lite.programme.stages import is_programme
+
+    if is_programme(arguments.folder):
+        from nemo_lite.programme.report import PROMPT, write_programme_report
+
+        print(write_programme_report(arguments.folder, arguments.prompt or PROMPT))
+        return 0
+    if arguments.prompt is not None:
+        raise UserError(f"--prompt is of a programme, and {arguments.folder} holds no stage files")
+    print(write_report(arguments.folder))
     return 0
