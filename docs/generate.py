@@ -402,6 +402,37 @@ def _layouts(found: list[dict[str, Any]]) -> list[str]:
     return [*lines, *_source(found[0]), *_table(header, rows), ""]
 
 
+DATA_WORDS = {
+    "shards": "shuffled batches from .bin/.idx",
+    "jsonl": "tokenising a jsonl, then shuffled batches of an epoch",
+    "tokenize, 1 worker": "`nemo-lite data tokenize`, one process",
+    "tokenize, a worker a core": "`nemo-lite data tokenize`, a process a core",
+    "clean": "`nemo-lite data clean`, every step",
+}
+
+
+def _data(found: list[dict[str, Any]]) -> list[str]:
+    """What the loader and the commands around it read in a second."""
+    lines = [
+        "## Data",
+        "",
+        "Opening a source is part of the time. Growth is of resident memory after the first batch.",
+        "",
+    ]
+    if not found:
+        return [*lines, f"{NOT_MEASURED} `python benchmarks/data.py` does it.", ""]
+    rows = []
+    for row in found[0]["rows"]:
+        size = f"{row['tokens'] / 1e6:.1f} M tokens" if "tokens" in row else f"{row['documents']:,} documents"
+        speed = f"{row['tokens_per_second'] / 1e6:.2f} M tokens/s" if "tokens" in row else (
+            f"{row['megabytes_per_second']:.2f} MB/s")  # fmt: skip
+        growth = f"{row['growth_mb']:.0f}" if "growth_mb" in row else ""
+        rows.append([DATA_WORDS[row["work"]], size, f"{row['seconds']:.1f}", speed, _range(row["rounds"]), growth])
+    return [
+        *lines, *_source(found[0]), *_table(["work", "size", "seconds", "speed", "by round", "growth, MB"], rows), "",
+    ]  # fmt: skip
+
+
 def results_page(folder: Path = RESULTS) -> str:
     """The text of docs/results.md."""
     peers = _peers(_read(folder, "peers_*.json")) + _accuracy(_read(folder, "accuracy*.json"))
@@ -412,6 +443,7 @@ def results_page(folder: Path = RESULTS) -> str:
             *_serve(folder),
             *_formats(_read(folder, "precision.json")),
             *_layouts(_read(folder, "megatron.json")),
+            *_data(_read(folder, "data.json")),
             *peers,
         ]
     )

@@ -19,7 +19,12 @@ COMMANDS = {
     "check": ("nemo_lite.check:main", "resolve a recipe; count parameters, FLOPs and memory"),
     "plan": ("nemo_lite.plan:main", "layouts of a recipe on N GPUs, the fastest first, by a cost model"),
     "export": ("nemo_lite.export:main", "write a run or checkpoint as a Hugging Face MODEL_DIR"),
-    "evaluate": ("nemo_lite.evaluate:main", "bits per byte, expert load and MTP acceptance on held-out text"),
+    "merge": ("nemo_lite.merge:main", "average the checkpoints of a run, or several MODEL_DIRs, into a MODEL_DIR"),
+    "grow": ("nemo_lite.grow:main", "a larger MODEL_DIR from a MODEL_DIR: more layers, experts, wider parts"),
+    "evaluate": (
+        "nemo_lite.evaluate:main",
+        "bits per byte, experts, MTP, long range, speed; of one model or of two",
+    ),
     "generate": ("nemo_lite.generate:main", "complete text with a MODEL_DIR"),
     "serve": ("nemo_lite_serving.serve:main", "serve a MODEL_DIR behind the OpenAI API"),
     "chat": ("nemo_lite_serving.client:main", "chat with a MODEL_DIR or a server in the terminal"),
@@ -27,7 +32,10 @@ COMMANDS = {
     "quant": ("nemo_lite.precision.inspect:main", "what a MODEL_DIR stores: formats, bits, outliers"),
     "kernels": ("nemo_lite.kernels:main", "the backends of the ops: which run here, which a model takes"),
     "tokenizer": ("nemo_lite.data.tokenizer:main", "train a tokenizer on a folder of text"),
-    "report": ("nemo_lite.train.report:main", "write report.html of a run"),
+    "data": ("nemo_lite.data.commands:main", "clean text; turn it into Megatron shards"),
+    "report": ("nemo_lite.train.report:main", "write report.html of a run, or of a programme"),
+    "watch": ("nemo_lite.programme.watch:main", "a run or a programme while it goes on, in the terminal"),
+    "pipeline": ("nemo_lite.programme.pipeline:main", "run the stages of a programme that are out of date"),
 }
 
 

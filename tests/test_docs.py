@@ -99,6 +99,11 @@ def measured(tmp_path):
     }
     layouts = {"command": "python benchmarks/megatron.py", "machine": MACHINE, "rows": [native, cut]}
     (tmp_path / "megatron.json").write_text(json.dumps(layouts))
+    read = {"tokens": 100_000_000, "seconds": 10.0, "tokens_per_second": 1e7, "growth_mb": 55.4, "rounds": [9, 10, 11]}
+    swept = {"documents": 700, "seconds": 5.0, "megabytes_per_second": 2.5, "rounds": [5]}
+    rows = [{"work": "shards", **read}, {"work": "clean", **swept}]
+    data = {"command": "python benchmarks/data.py", "machine": MACHINE, "rows": rows}
+    (tmp_path / "data.json").write_text(json.dumps(data))
     for work, row in serve.items():
         body = {"command": f"python benchmarks/serve.py {work}", "machine": MACHINE, "rows": [{"work": work} | row]}
         (tmp_path / f"serve_{work}.json").write_text(json.dumps(body))
@@ -131,6 +136,8 @@ def test_results_show_what_was_measured(generate, measured):
     assert "| the recipe | `preset: nvfp4` | 2.0200, 2.1200 | +1.00 % ± 0.20 |" in page
     assert "BF16 ends 50%, 48% below its loss at step 50." in page and "| out_proj |  | 12.5% |" in page
     assert "| nvfp4 |  | 1.50 | **1.70x** | 151 |" in page
+    assert "| 100.0 M tokens | 10.0 | 10.00 M tokens/s | 9.00 to 11.00 | 55 |" in page
+    assert "| 700 documents | 5.0 | 2.50 MB/s | 5.00 to 5.00 |  |" in page
 
 
 def test_the_readme_shows_the_most_threads(generate, measured):
@@ -143,7 +150,7 @@ def test_the_readme_shows_the_most_threads(generate, measured):
 
 
 def test_what_is_missing_is_said(generate, tmp_path):
-    assert generate.results_page(tmp_path).count(generate.NOT_MEASURED) == 9
+    assert generate.results_page(tmp_path).count(generate.NOT_MEASURED) == 10
     assert generate.numbers(tmp_path).count("not measured yet") == 2
 
 

@@ -16,7 +16,9 @@ from nemo_lite.data import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / page for page in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/serving.md")]
+PAGES = [
+    ROOT / page for page in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/data.md", "docs/serving.md")
+]
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -49,7 +51,7 @@ def test_commands_are_real(page, line, capsys):
     program, *words = shlex.split(line, comments=True)
     if program == "nemo-lite":
         assert words[0] in cli.COMMANDS
-        parts = words[:2] if words[0] in ("tokenizer", "bench") else words[:1]
+        parts = words[:2] if words[0] in ("tokenizer", "bench", "data") else words[:1]
         shown = help_of(parts, capsys)
         for option in (word for word in words if word.startswith("--")):
             assert re.search(rf"{option}\b", shown), f"{' '.join(parts)} has no {option}"
