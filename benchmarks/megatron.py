@@ -51,7 +51,7 @@ def measure(ranks: int, parallel: dict[str, str | int]) -> dict:
             raise SystemExit(f"{' '.join(command)}:\n{done.stdout}{done.stderr}")
         records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     recipe = load_recipe(ROOT / RECIPE, overrides)
-    tokens = recipe.train.global_batch_size * recipe.data.seq_len
+    tokens = recipe.tokens_per_step
     seconds = sorted(tokens / record["tokens_per_second"] for record in records if record["step"] > 1)
     sent = {}
     if parallel["engine"] == "megatron":

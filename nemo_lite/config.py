@@ -255,6 +255,12 @@ class DataConfig:
     cache_dir: str = key("~/.cache/nemo_lite/tokens", "where tokenised sources are kept, keyed by their content")
     prefetch: int = key(4, "global batches prepared ahead in the background", "batches", ge=0)
 
+    @property
+    def blends(self) -> list[tuple[str, int, list[SourceConfig]]]:
+        """The blend of each phase: its key, the token of the run that it begins with, its sources."""
+        later = [(f"data.phases[{i}].blend", phase.tokens, phase.blend) for i, phase in enumerate(self.phases)]
+        return [("data.blend", 0, self.blend), *later]
+
 
 @dataclass
 class TrainConfig:
@@ -586,17 +592,13 @@ class Recipe:
             if phase.tokens <= before:
                 found.append((f"{name}.tokens", f"{phase.tokens} is not after the phase before, from {before} on"))
             before = phase.tokens
-        starts = [0, *(phase.tokens for phase in data.phases)]
-        blends = [
-            ("data.blend", data.blend),
-            *((f"data.phases[{i}].blend", p.blend) for i, p in enumerate(data.phases)),
-        ]
-        for i, (name, blend) in enumerate(blends):
+        ends = [*(start for _, start, _ in data.blends[1:]), self.run_tokens]
+        for (name, start, blend), end in zip(data.blends, ends, strict=True):
             for j, source in enumerate(blend):
                 if source.tokens is not None and source.weight != 1:
                     found.append((f"{name}[{j}].weight", "cannot stand beside a budget in `tokens`; leave one out"))
             budgets = sum(source.tokens or 0 for source in blend)
-            room = starts[i + 1] - starts[i] if i + 1 < len(starts) else self.run_tokens - starts[i]
+            room = end - start
             if budgets >= room > 0 and any(source.tokens is None for source in blend):
                 found.append(
                     (name, f"the budgets of {budgets:,} tokens leave nothing of {room:,} to sources by weight")

@@ -111,7 +111,7 @@ def in_window(source: Path, tokens: int) -> tuple[Recipe, list[Member]]:
     if tokens > ends:
         raise UserError(f"a window of {tokens:,} tokens: {last} has seen {ends:,} only")
     every, end = recipe.checkpoint.every, step_of(last)
-    first = end - tokens // (recipe.train.global_batch_size * recipe.data.seq_len)
+    first = end - tokens // recipe.tokens_per_step
     asked = {step for step in range(every, end, every) if step >= first} if every else set()
     found, at = [], {}
     for folder in checkpoints(run_dir):

@@ -32,9 +32,10 @@ def content(source: SourceConfig) -> dict[str, Any]:
 class Phase:
     """From token `start` of the run on, up to `stop` (None: open), the sources with a weight above 0 are drawn.
 
-    `weights` and `caps` (in epochs; None: no cap) stand beside `Mixture.sources`.
+    `key` names its blend in the recipe. `weights` and `caps` (in epochs; None: no cap) stand beside `Mixture.sources`.
     """
 
+    key: str
     start: int
     stop: int | None
     weights: list[float]
@@ -55,7 +56,7 @@ class Mixture:
 
 def _placed(data: DataConfig) -> tuple[list[SourceConfig], list[list[int]]]:
     """Every source that a recipe names, once, and for each blend which ones it names."""
-    blends = [data.blend, *(phase.blend for phase in data.phases)]
+    blends = [blend for _, _, blend in data.blends]
     if not all(blends):
         raise UserError("data.blend: it names no source")
     numbers: dict[tuple[str, int], int] = {}
@@ -83,16 +84,14 @@ def unique_sources(data: DataConfig) -> list[SourceConfig]:
 def mixture_of(data: DataConfig, run_tokens: int | None = None) -> Mixture:
     """The mixture of a recipe; `run_tokens` is the length of its run, which budgets beside weights need to be known."""
     sources, placed = _placed(data)
-    blends = [data.blend, *(phase.blend for phase in data.phases)]
-    starts = [0, *(phase.tokens for phase in data.phases)]
+    stops = [*(start for _, start, _ in data.blends[1:]), run_tokens]
     phases = []
-    for i, (start, blend, at) in enumerate(zip(starts, blends, placed, strict=True)):
-        stop = starts[i + 1] if i + 1 < len(starts) else run_tokens
+    for (key, start, blend), stop, at in zip(data.blends, stops, placed, strict=True):
         weights: list[float] = [0.0] * len(sources)
         caps: list[int | None] = [None] * len(sources)
         for number, source, weight in zip(at, blend, _weights(blend, start, stop), strict=True):
             weights[number], caps[number] = weight, source.max_epochs
-        phases.append(Phase(start, stop, weights, caps))
+        phases.append(Phase(key, start, stop, weights, caps))
     return Mixture(sources, phases)
 
 
@@ -129,9 +128,10 @@ class Share:
 
 @dataclass
 class Expected:
-    """A phase as it will be read: `length` tokens from `start` on, as far as the run goes; `short` of them are missing
-    because every source is capped."""
+    """A phase, of the blend at `key`, as it will be read: `length` tokens from `start` on, as far as the run goes;
+    `short` of them are missing because every source is capped."""
 
+    key: str
     start: int
     length: int
     shares: list[Share]
@@ -178,24 +178,23 @@ def expected(mixture: Mixture, holds: Sequence[int | None], run_tokens: int) -> 
                     drawn[i] / size if size else None, phase.caps[i], reached.get(i),
                 )
             )  # fmt: skip
-        found.append(Expected(phase.start, max(stop - start, 0), shares, max(stop - at, 0.0)))
+        found.append(Expected(phase.key, phase.start, max(stop - start, 0), shares, max(stop - at, 0.0)))
     return found
 
 
 def warnings(phases: Sequence[Expected]) -> list[str]:
     """What of an expected mixture a person should know before the run starts, one sentence each."""
     found = []
-    for number, phase in enumerate(phases):
-        where = "data.blend" if number == 0 else f"data.phases[{number - 1}].blend"
+    for phase in phases:
         length = phase.length
-        if number and length == 0:
-            found.append(f"data.phases[{number - 1}] never begins: the run ends before")
+        if phase.start and length == 0:
+            found.append(f"{phase.key.removesuffix('.blend')} never begins: the run ends before")
         for share in phase.shares:
             if share.capped_at is not None and share.holds:
                 would = share.share * length / share.holds
                 found.append(
-                    f"{where}: {share.source} would be read {would:.2f} times in {length:,} tokens and is capped at "
-                    f"max_epochs = {share.max_epochs}: from token {share.capped_at:,.0f} of the run on the others "
+                    f"{phase.key}: {share.source} would be read {would:.2f} times in {length:,} tokens and is "
+                    f"capped at max_epochs = {share.max_epochs}: from token {share.capped_at:,.0f} of the run on the others "
                     "share its part"
                 )
     return found
@@ -203,14 +202,13 @@ def warnings(phases: Sequence[Expected]) -> list[str]:
 
 def budget_warnings(data: DataConfig, run_tokens: int) -> list[str]:
     """Blends of budgets only, whose sum is not what their phase reads: all are scaled."""
-    starts = [0, *(phase.tokens for phase in data.phases), run_tokens]
+    ends = [*(start for _, start, _ in data.blends[1:]), run_tokens]
     found = []
-    for i, blend in enumerate([data.blend, *(phase.blend for phase in data.phases)]):
-        budgets, length = sum(source.tokens or 0 for source in blend), min(starts[i + 1], run_tokens) - starts[i]
+    for (key, start, blend), end in zip(data.blends, ends, strict=True):
+        budgets, length = sum(source.tokens or 0 for source in blend), min(end, run_tokens) - start
         if length > 0 and all(source.tokens for source in blend) and abs(budgets - length) > 0.001 * length:
-            where = "data.blend" if i == 0 else f"data.phases[{i - 1}].blend"
             found.append(
-                f"{where}: the budgets are {budgets:,} tokens, {length:,} are read: each is scaled by "
+                f"{key}: the budgets are {budgets:,} tokens, {length:,} are read: each is scaled by "
                 f"{length / budgets:.3f}"
             )
     return found
@@ -218,11 +216,10 @@ def budget_warnings(data: DataConfig, run_tokens: int) -> list[str]:
 
 def refuse_short(phases: Sequence[Expected]) -> None:
     """UserError where the caps leave the run without tokens."""
-    for number, phase in enumerate(phases):
+    for phase in phases:
         if phase.short >= 1:
-            where = "data.blend" if number == 0 else f"data.phases[{number - 1}].blend"
             raise UserError(
-                f"{where}: max_epochs leaves {phase.length - phase.short:,.0f} of the "
+                f"{phase.key}: max_epochs leaves {phase.length - phase.short:,.0f} of the "
                 f"{phase.length:,} tokens that are to be read; raise a cap, or add a source without one"
             )
 

@@ -127,8 +127,7 @@ def _connect(stage: Stage, stages: dict[str, Stage]) -> None:
 
 
 def _read_in_training(recipe: Recipe) -> list[str]:
-    blends = [recipe.data.blend, *(phase.blend for phase in recipe.data.phases)]
-    sources = [source.source for blend in blends for source in blend]
+    sources = [source.source for _, _, blend in recipe.data.blends for source in blend]
     found = [recipe.resume_from, recipe.init_from, recipe.data.tokenizer, *sources]
     return [path for path in dict.fromkeys(found) if path and path != "bytes"]
 

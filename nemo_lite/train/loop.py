@@ -500,12 +500,11 @@ def _introduction(recipe: Recipe, world: World, model: HybridLM, loader: PackedL
 
     counts = parameter_counts(recipe.model)
     kernels = ", ".join(f"{c['op']}={c['backend']}" for c in model.kernel_choices)
-    batch = recipe.train.global_batch_size * recipe.data.seq_len
     return (
         f"{recipe.model.pattern}{f' + MTP {recipe.model.mtp.pattern}' if recipe.model.mtp.pattern else ''}: "
         f"{short(counts['total'])} parameters, {short(counts['active'])} active; {world.size} x {world.device.type}, "
-        f"{recipe.train.dtype}; {short(batch)} tokens a step of {short(sum(loader.tokens_per_epoch))} an epoch; "
-        f"kernels: {kernels}{_emulated(model)}"
+        f"{recipe.train.dtype}; {short(recipe.tokens_per_step)} tokens a step of "
+        f"{short(sum(loader.tokens_per_epoch))} an epoch; kernels: {kernels}{_emulated(model)}"
     )
 
 
