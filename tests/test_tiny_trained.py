@@ -10,7 +10,7 @@ import torch
 from nemo_lite import HybridLM, cli
 from nemo_lite.config import DataConfig, SourceConfig
 from nemo_lite.data import load_tokenizer
-from nemo_lite.evaluate import along_the_text, free_running
+from nemo_lite.evaluate.text import free_running, read
 from nemo_lite.generate import generate
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -42,7 +42,7 @@ def test_it_is_small():
 def test_acceptance_is_where_tests_need_it(model, data):
     """Some drafts are kept and some refused; the same for drafts beyond the training depth."""
     tokenizer = load_tokenizer(str(MODEL_DIR))
-    figures = along_the_text(model, data, tokenizer, drafts=2)
+    figures = read(model, data, tokenizer, drafts=2).figures()
     assert 1.5 <= figures["teacher_forced"]["acceptance_length"] <= 2.5
     assert figures["bits_per_byte"] < 3.2
     assert min(layer["min_over_mean"] for layer in figures["experts"].values()) > 0.1

@@ -194,8 +194,8 @@ def warnings(phases: Sequence[Expected]) -> list[str]:
                 would = share.share * length / share.holds
                 found.append(
                     f"{phase.key}: {share.source} would be read {would:.2f} times in {length:,} tokens and is "
-                    f"capped at max_epochs = {share.max_epochs}: from token {share.capped_at:,.0f} of the run on the others "
-                    "share its part"
+                    f"capped at max_epochs = {share.max_epochs}: from token {share.capped_at:,.0f} of the run on the "
+                    "others share its part"
                 )
     return found
 

@@ -24,8 +24,6 @@ import torch
 from nemo_lite.config import DataConfig, SourceConfig, UserError
 from nemo_lite.evaluate.text import Reading, free_running, read
 
-__all__ = ["along_the_text", "evaluate", "free_running", "held_out", "main"]
-
 PROMPT_TOKENS = 64
 
 
@@ -35,11 +33,6 @@ class Kept:
 
     readings: dict[str, Reading]
     marks: dict[tuple[int, str], list]
-
-
-def along_the_text(model, data: DataConfig, tokenizer, drafts: int, rows: int = 16) -> dict[str, Any]:
-    """One pass over the held-out text of all sources of `data`: bits per byte, expert load, teacher-forced drafts."""
-    return read(model, data, tokenizer, drafts, rows).figures()
 
 
 def evaluate(
@@ -96,25 +89,6 @@ def evaluate(
     figures["speed"] = speed(model, prompt, drafts) if prompt is not None else None
     figures["warnings"] = [*collapse(figures["experts"]), *warnings]
     return figures, Kept(readings, marks)
-
-
-def held_out(
-    model_dir: Path,
-    data: DataConfig,
-    *,
-    drafts: int | None,
-    prompts: int,
-    new_tokens: int,
-    kernels: dict[str, str] | None = None,
-    quantization: str | None = None,
-) -> dict[str, Any]:
-    """Figures of a MODEL_DIR on the held-out split of `data`, without questions."""
-    from nemo_lite.data import load_tokenizer
-    from nemo_lite.model.hybrid import HybridLM
-
-    model = HybridLM.from_pretrained(model_dir, kernels=kernels, quantization=quantization)
-    tokenizer = load_tokenizer(data.tokenizer)
-    return evaluate(model, tokenizer, data, drafts=drafts, prompts=prompts, new_tokens=new_tokens)[0]
 
 
 def _gzip9(data: DataConfig, tokenizer) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nemo_lite.config import UserError
+from nemo_lite.evaluate.text import padded
 
 BATCH = 1 << 13  # tokens read at once
 
@@ -93,11 +94,8 @@ def log_likelihoods(model, pairs: Sequence[tuple[list[int], list[int]]]) -> list
                 size += 1
             chosen, order = order[:size], order[size:]
             rows = [[*context, *continuation][:-1] for context, continuation in (pairs[i] for i in chosen)]
-            width = max(map(len, rows))
-            ids, docs = torch.zeros(size, width, dtype=torch.int64), torch.full((size, width), -1)
-            for b, row in enumerate(rows):
-                ids[b, : len(row)], docs[b, : len(row)] = torch.tensor(row), 0
-            hidden = model(ids.to(model.device), doc_ids=docs.to(model.device)).hidden
+            ids, docs = padded(rows, model.device)
+            hidden = model(ids, doc_ids=docs).hidden
             for b, i in enumerate(chosen):
                 context, continuation = pairs[i]
                 targets = torch.tensor(continuation, device=hidden.device)

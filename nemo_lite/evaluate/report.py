@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from nemo_lite.data.mixture import lines
 from nemo_lite.evaluate.ruler import CHANCE
 from nemo_lite.train import report as charts
 from nemo_lite.train.metrics import compact, percent, write_atomically
@@ -172,39 +173,31 @@ def _speed(speed: dict[str, Any]) -> str:
 
 
 def _lines(table: Table) -> list[str]:
-    """A table as aligned text."""
-    rows = [table[0], *table[1]]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(table[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    ]
+    return lines([table[0], *table[1]], left=1)
 
 
 def describe(figures: dict[str, Any]) -> str:
     """The figures for a person at a terminal."""
-    lines = [*_lines(sources_table(figures)), ""]
+    said = [*_lines(sources_table(figures)), ""]
     if forced := figures["teacher_forced"]:
-        lines.append(f"acceptance length, text   {_kept(forced)}")
+        said.append(f"acceptance length, text   {_kept(forced)}")
     if free := figures["free_running"]:
-        lines.append(f"acceptance length, free   {_kept(free)}, {free['repeated_8grams']:.0%} of its 8-grams repeat")
+        said.append(f"acceptance length, free   {_kept(free)}, {free['repeated_8grams']:.0%} of its 8-grams repeat")
     if figures["speed"]:
-        lines.append(f"generation                {_speed(figures['speed'])}")
-    lines += ["", *_lines(position_table(figures))]
+        said.append(f"generation                {_speed(figures['speed'])}")
+    said += ["", *_lines(position_table(figures))]
     if figures["experts"]:
-        lines += ["", *_lines(experts_table(figures))]
+        said += ["", *_lines(experts_table(figures))]
     if figures["ruler"]:
-        lines += ["", *_lines(ruler_table(figures)), MARGIN_NOTE]
+        said += ["", *_lines(ruler_table(figures)), MARGIN_NOTE]
     if figures.get("harness"):
-        lines += ["", *_lines(harness_table(figures))]
+        said += ["", *_lines(harness_table(figures))]
     if against := figures.get("against"):
-        lines += ["", f"beside {against['model']}", *_lines(against_table(figures))]
+        said += ["", f"beside {against['model']}", *_lines(against_table(figures))]
         if "loss_by_position" not in against["differences"]:
-            lines.append("their tokenizers differ, so losses by position cannot be compared")
-    lines += [f"warning: {warning}" for warning in figures["warnings"]]
-    return "\n".join(lines)
+            said.append("their tokenizers differ, so losses by position cannot be compared")
+    said += [f"warning: {warning}" for warning in figures["warnings"]]
+    return "\n".join(said)
 
 
 # ---------------------------------------------------------------------------------------------------------------- page

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nemo_lite.config import UserError
 from nemo_lite.data.longrange import DISTRACTORS, TASKS, Sample, counter, make
+from nemo_lite.evaluate.text import padded
 
 CHANCE = 1 / (1 + DISTRACTORS)  # of being the likeliest
 BATCH = 1 << 14  # tokens read at once
@@ -99,19 +99,10 @@ def _encode(tokenizer, sample: Sample) -> tuple[list[int], list[list[int]], list
     return list(tokenizer.encode(sample.prompt)), answers, ends
 
 
-def _padded(rows: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor]:
-    """Ids [B, L] and document ids: 0, or -1 on the padding to the right."""
-    width = max(map(len, rows))
-    ids, docs = torch.zeros(len(rows), width, dtype=torch.int64), torch.full((len(rows), width), -1)
-    for b, row in enumerate(rows):
-        ids[b, : len(row)], docs[b, : len(row)] = torch.tensor(row), 0
-    return ids.to(device), docs.to(device)
-
-
 def _marked(model, batch: Sequence[tuple[Sample, list[int], list[list[int]], list[int]]], chunk: int = 2048):
     device = model.device
     cache = model.new_cache(len(batch))
-    ids, docs = _padded([prompt[:-1] for _, prompt, _, _ in batch], device)
+    ids, docs = padded([prompt[:-1] for _, prompt, _, _ in batch], device)
     for start in range(0, ids.shape[1], chunk):
         part = slice(start, start + chunk)
         model(ids[:, part], doc_ids=docs[:, part], cache=cache)
@@ -119,8 +110,8 @@ def _marked(model, batch: Sequence[tuple[Sample, list[int], list[list[int]], lis
     for which in range(1 + DISTRACTORS):
         tries = [answers[which] for _, _, answers, _ in batch]
         # The prompt's last token gives the logits of the answer's first.
-        ids, docs = _padded([[prompt[-1], *answer[:-1]] for (_, prompt, _, _), answer in zip(batch, tries)], device)
-        targets, _ = _padded(tries, device)
+        ids, docs = padded([[prompt[-1], *answer[:-1]] for (_, prompt, _, _), answer in zip(batch, tries)], device)
+        targets, _ = padded(tries, device)
         logits = model(ids, doc_ids=docs, cache=cache, tentative=True).logits.float()
         cache.rollback()
         logp = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]

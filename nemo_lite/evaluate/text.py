@@ -187,6 +187,15 @@ def _bins(spans: list, docs_BL: Tensor, firsts: np.ndarray, P: int) -> Tensor:
     return document_BL * P + torch.bucketize(before_BL, powers, right=True)
 
 
+def padded(rows: Sequence[Sequence[int]], device) -> tuple[Tensor, Tensor]:
+    """Ids [B, L] and document ids: 0, or -1 on the padding to the right."""
+    width = max(map(len, rows))
+    ids, docs = torch.zeros(len(rows), width, dtype=torch.int64), torch.full((len(rows), width), -1)
+    for b, row in enumerate(rows):
+        ids[b, : len(row)], docs[b, : len(row)] = torch.tensor(row), 0
+    return ids.to(device), docs.to(device)
+
+
 # -------------------------------------------------------------------------------------------------------------- experts
 
 
