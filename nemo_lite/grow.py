@@ -45,7 +45,7 @@ from torch import Tensor
 from nemo_lite.config import ModelConfig, RecipeError, UserError, model_with
 from nemo_lite.data import load_tokenizer
 from nemo_lite.export import new_model_dir, refuse_to_replace
-from nemo_lite.model.hf import Stored, rows
+from nemo_lite.model.hf import Stored, load_config, rows
 from nemo_lite.model.hybrid import HybridLM
 
 KEYS = (
@@ -507,17 +507,22 @@ def difference(before: Path, after: Path, tokens: int) -> dict[str, float]:
     }
 
 
-def grow(model_dir: Path, target: Path, overrides: Sequence[str], tokens: int = 64, seed: int = 0) -> dict[str, Any]:
+def grow(
+    model_dir: Path, target: Path, overrides: Sequence[str], tokens: int = 64, seed: int = 0,
+    say: Callable[[Growth], None] = lambda growth: None,
+) -> dict[str, Any]:  # fmt: skip
     """Write the larger MODEL_DIR `target`; facts about it, which are in its grow.json too.
 
     overrides   KEY=VALUE of the model, of the keys KEYS
     tokens      random tokens that the change of the logits is measured on; 0 for no measurement
     seed        of fresh weights
+    say         told what will be done, before it is
     """
     refuse_to_replace(target)
     if target.resolve() == model_dir.resolve():
         raise UserError(f"{target} is what grows; write to another folder")
     growth = Growth(model_dir, overrides, seed)
+    say(growth)
     tokenizer = load_tokenizer(model_dir) if (model_dir / "tokenizer.json").exists() else None
     facts: dict[str, Any] = {
         "from": str(model_dir), "keys": list(overrides), "preserved": not growth.changes, "changes": growth.changes,
@@ -578,24 +583,26 @@ def main(argv: list[str]) -> int:
     if args.dry_run and args.json:
         parser.error("--dry-run prints no JSON")
     if args.dry_run:
-        growth = Growth(args.model_dir, args.overrides, args.seed)
-        print("\n".join([*plan(growth), *verdict(growth)]))
+        _tell(Growth(args.model_dir, args.overrides, args.seed))
         return 0
     if args.to is None:
         parser.error("--to MODEL_DIR is needed (or --dry-run)")
+    what = args.model_dir, args.to, args.overrides, args.measure, args.seed
     if args.json:
-        print(json.dumps(grow(args.model_dir, args.to, args.overrides, args.measure, args.seed)))
+        print(json.dumps(grow(*what)))
         return 0
-    growth = Growth(args.model_dir, args.overrides, args.seed)
-    print("\n".join([*plan(growth), *verdict(growth)]))
-    facts = grow(args.model_dir, args.to, args.overrides, args.measure, args.seed)
+    facts = grow(*what, say=_tell)
     if measured := facts.get("measured"):
         print(
             f"Largest difference of logits on {measured['tokens']} random tokens: "
             f"{measured['largest_difference']:.3g}, of logits up to {measured['largest_logit']:.3g}"
         )
-    print(f"{facts['model_dir']}: {growth.config.layers}")
+    print(f"{facts['model_dir']}: {load_config(args.to).layers}")
     return 0
+
+
+def _tell(growth: Growth) -> None:
+    print("\n".join([*plan(growth), *verdict(growth)]), flush=True)
 
 
 def verdict(growth: Growth) -> list[str]:

@@ -323,17 +323,10 @@ def page(figures: dict[str, Any]) -> str:
     facts = f"{names} · {figures['tokens']:,} held-out tokens"
     if speed := figures["speed"]:
         facts += f" · {_speed(speed)}"
-    return (
-        "<!DOCTYPE html>\n"
-        '<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)} · nemo_lite evaluation</title><style>{charts._STYLE}{_STYLE}</style></head><body>"
-        f'<header><div class="title"><p class="over">nemo_lite evaluation</p><h1>{escape(title)}</h1></div>'
-        f'<p class="facts">{escape(facts)}</p></header>'
-        f'<main>{_tiles(figures)}<div class="cards">{"".join(cards)}</div></main>'
-        f"<script>{charts._SCRIPT}</script></body></html>\n"
-    )
+    return charts.document(
+        title, "evaluation", "", f'<p class="facts">{escape(facts)}</p>',
+        f'{_tiles(figures)}<div class="cards">{"".join(cards)}</div>', _STYLE,
+    )  # fmt: skip
 
 
 _STYLE = "main{padding-bottom:40px}td.good{color:var(--good)}td.bad{color:var(--over)}"

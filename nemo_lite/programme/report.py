@@ -191,12 +191,8 @@ def _loss(page: Page, number: int) -> str:
     note = "Nats per token; bold is smoothed. Stages may read other text, so that their levels differ."
     if not values:
         return charts.chart("Loss", [], number=number, wide=True)
-    low, high = min(values), max(values)
-    bulk = low + 1.8 * (charts._quantile(values, 0.9) - low)
-    if len(values) > 20 and high > bulk > low:
-        high = bulk
-        note += f" The axis ends at {charts._format(high)}."
-    floor = max(0.0, low - 0.06 * (high - low))
+    floor, high, cut = charts.loss_range(values)
+    note += f" The axis ends at {charts._format(high)}." if cut else ""
     return charts.chart(
         "Loss over all stages", series, number=number, note=note, low=floor, high=high, height="tall", wide=True,
         axis="tokens",
@@ -369,17 +365,10 @@ def html(page: Page) -> str:
     ]
     last = page.trained[-1].run if page.trained else None
     head = f"{charts._facts_line(last)}{charts._architecture(last)}" if last else ""
-    return (
-        "<!DOCTYPE html>\n"
-        '<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(page.name)} · nemo_lite programme</title><style>{charts._STYLE}{_STYLE}</style></head><body>"
-        f'<header><div class="title"><p class="over">nemo_lite programme</p><h1>{escape(page.name)}</h1>'
-        f'<span class="state {css}">{escape(state)}</span></div>{head}</header>'
-        f'<main>{_tiles(page)}<div class="cards">{"".join(cards)}</div></main>'
-        f"<script>{charts._SCRIPT}</script></body></html>\n"
-    )
+    return charts.document(
+        page.name, "programme", f'<span class="state {css}">{escape(state)}</span>', head,
+        f'{_tiles(page)}<div class="cards">{"".join(cards)}</div>', _STYLE,
+    )  # fmt: skip
 
 
 _STYLE = """

@@ -145,15 +145,15 @@ def _panel(run: Run, key: str, title: str, color: str, width: int, height: int) 
     from rich.panel import Panel
     from rich.text import Text
 
-    from nemo_lite.train.report import _format, _quantile
+    from nemo_lite.train.report import _format, loss_range
 
     points = [(r["step"], r[key]) for r in run.records if isinstance(r.get(key), (int, float))]
     text, head = Text("nothing logged yet", style="dim"), title
     if points:
         values = [y for _, y in points]
         low, high = min(values), max(values)
-        if key == "loss" and len(values) > 20:  # the first steps would press the rest flat
-            high = min(high, low + 1.8 * (_quantile(values, 0.9) - low)) or high
+        if key == "loss":
+            _, high, _ = loss_range(values)
         if key == "tokens_per_second":
             low = 0
         labels = [_format(high), _format(low)]

@@ -620,6 +620,16 @@ def _architecture(run: Run) -> str:
     )
 
 
+def loss_range(values: Sequence[float]) -> tuple[float, float, bool]:
+    """Where an axis of losses begins and ends, and whether it leaves some out: a run falls from the logarithm of the
+    vocabulary within its first steps, which are cut where they would press the rest of it flat."""
+    low, high = min(values), max(values)
+    bulk = low + 1.8 * (_quantile(values, 0.9) - low)
+    cut = len(values) > 20 and high > bulk > low
+    high = bulk if cut else high
+    return max(0.0, low - 0.06 * (high - low)), high, cut
+
+
 def _losses(run: Run, number: int) -> str:
     raw = run.column("loss")
     reach = _reach(len(raw))
@@ -632,19 +642,13 @@ def _losses(run: Run, number: int) -> str:
         series.append(Series(f"MTP {depth + 1}", thin(smooth(points, reach)), f"mtp{min(depth + 1, 4)}", "thin"))
     points = [(r["step"], _number(r.get("val_loss"))) for r in run.validation]
     series.append(Series("validation", thin(points), "validation", "dots", step=True))
-    # A run falls from the logarithm of the vocabulary within its first steps. Those are cut where they would press the
-    # rest of the run flat; single spikes of the faint line never set the range.
+    # Single spikes of the faint line never set the range.
     values = [y for one in series[1:] for _, y in one.points if y is not None]
     if not values:
         return chart("Loss", [], number=number, wide=True)
-    low, high = min(values), max(values)
-    bulk = low + 1.8 * (_quantile(values, 0.9) - low)
-    note = ""
-    if len(values) > 20 and high > bulk > low:
-        high = bulk
-        note = f" The axis ends at {_format(high)}; the first steps lie above it."
+    floor, high, cut = loss_range(values)
+    note = f" The axis ends at {_format(high)}; the first steps lie above it." if cut else ""
     described = "Nats per token; bold is smoothed, faint is each log interval." if len(raw) > 8 else "Nats per token."
-    floor = max(0.0, low - 0.06 * (high - low))
     return chart("Loss", series, number=number, note=described + note, low=floor, high=high, height="tall", wide=True)
 
 
@@ -871,15 +875,22 @@ def page(run: Run) -> str:
     cards.append(_quantisation(run))
     cards.append(_validation_table(run))
     cards.append(_sources_table(run))
+    main = f'{_tiles(run)}<div class="cards">{"".join(cards)}</div>{_folded(run)}'
+    state = f'<span class="state {kind}">{escape(state)}</span>'
+    return document(run.name, "training report", state, f"{_facts_line(run)}{_architecture(run)}", main)
+
+
+def document(title: str, kind: str, state: str, facts: str, main: str, style: str = "") -> str:
+    """A page as HTML text that needs no server and no network: its title, of what kind it is, its state, facts and
+    content as HTML, and style of its own."""
     return (
         "<!DOCTYPE html>\n"
         '<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(run.name)} · nemo_lite training report</title><style>{_STYLE}</style></head><body>"
-        f'<header><div class="title"><p class="over">nemo_lite training report</p><h1>{escape(run.name)}</h1>'
-        f'<span class="state {kind}">{escape(state)}</span></div>{_facts_line(run)}{_architecture(run)}</header>'
-        f'<main>{_tiles(run)}<div class="cards">{"".join(cards)}</div>{_folded(run)}</main>'
+        f"<title>{escape(title)} · nemo_lite {kind}</title><style>{_STYLE}{style}</style></head><body>"
+        f'<header><div class="title"><p class="over">nemo_lite {kind}</p><h1>{escape(title)}</h1>{state}</div>'
+        f"{facts}</header><main>{main}</main>"
         f"<script>{_SCRIPT}</script></body></html>\n"
     )
 
