@@ -335,6 +335,14 @@ def make(
 
     count_tokens(texts) -> tokens of each: the tokenizer decides how much text is `length` tokens.
     """
+    sized = _sized(task, length, count_tokens, seed, index, purpose)
+    return sized and sized[0]
+
+
+def _sized(
+    task: str, length: int, count_tokens: Callable[[list[str]], Sequence[int]], seed: int, index: int, purpose: Purpose
+) -> tuple[Sample, int] | None:
+    """A sample as of :func:`make`, and its tokens."""
     if task not in TASKS:
         raise UserError(f"{task}: no such long-range task; there are {', '.join(TASKS)}")
     # A text as seed goes through SHA-512: every part of it changes everything.
@@ -350,9 +358,9 @@ def make(
         if units < plan.least:
             return None
         sample = _assemble(task, plan, units, rng)
-        over = count_tokens([sample.text])[0] - length
+        over = int(count_tokens([sample.text])[0]) - length
         if over <= 0:
-            return sample
+            return sample, length + over
         units -= max(1, int(over / a_unit))
 
 
@@ -383,16 +391,15 @@ def documents(
     while made < tokens:
         task = tasks[index % len(tasks)]
         want = int(length * 2 ** -lengths.uniform(0, 3))
-        sample = make(task, want, count_tokens, seed=seed, index=index, purpose="train")
+        sized = _sized(task, want, count_tokens, seed, index, "train")
         index += 1
-        if sample is None:
+        if sized is None:
             misses += 1
             if misses >= 20 * len(tasks) and not made:
                 raise UserError(f"--length {length}: no document of {', '.join(tasks)} is as short; use more tokens")
             continue
-        count = int(count_tokens([sample.text])[0])
-        made += count
-        yield sample, count
+        made += sized[1]
+        yield sized
 
 
 # -------------------------------------------------------------------------------------------------------- the command

@@ -27,6 +27,7 @@ from nemo_lite.data.mixture import content
 from nemo_lite.data.shards import MANIFEST_FORMAT, ShardWriter, dtype_for, read_manifest, total
 from nemo_lite.data.sources import Part, ReadStats, batches, cut, encode, text_hash
 from nemo_lite.data.tokenizer import Tokenizer, load_tokenizer
+from nemo_lite.train.metrics import write_atomically
 
 Job = tuple[str, SourceConfig, Part]  # name of the shard, what it is of
 
@@ -268,19 +269,10 @@ def _quarantine(folder: Path, jobs: list[Job], shards: dict[str, dict[str, Any]]
             entries.pop(name, None)
     lines = [line for name, _, _ in jobs for line in entries.get(name, [])]
     if lines:
-        _write_text(path, "\n".join(lines) + "\n")
+        write_atomically(path, ("\n".join(lines) + "\n").encode())
     for bad in parts:
         bad.unlink()
 
 
 def _write(path: Path, value: Any) -> None:
-    _write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    work = path.with_name(f".{path.name}.{os.getpid()}")
-    with work.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(work, path)
+    write_atomically(path, json.dumps(value, indent=1).encode() + b"\n")
