@@ -16,21 +16,16 @@ import argparse
 import json
 import math
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
 
+from arms import COLOURS, Study, make_tokenizer, relative, svg, text
 from peers import ROOT, machine
 
 RESULT = ROOT / "benchmarks" / "results" / "precision.json"
 PICTURE = ROOT / "docs" / "images" / "precision.svg"
 RECIPE = "recipes/precision/ablation.yaml"
-RUNS = Path("runs/precision")
 SEEDS = (0, 1, 2)
 MORE_SEEDS = {"bf16": (3, 4), "super": (3, 4)}  # of the two whose difference decides: with three its interval is wide
 SUPER = "preset: nemotron3_super_nvfp4"
@@ -46,98 +41,16 @@ ARMS: dict[str, tuple[str, str]] = {
     "mxfp8": ("every linear MXFP8", "{preset: mxfp8}"),
     "fp8": ("every linear FP8", "{preset: fp8}"),
 }
-STUDENT = {
-    2: 12.706,
-    3: 4.303,
-    4: 3.182,
-    5: 2.776,
-    6: 2.571,
-    7: 2.447,
-    8: 2.365,
-    9: 2.306,
-    10: 2.262,
-}  # 97.5 %, n - 1 degrees of freedom
-COLOURS = ("#222222", "#0072B2", "#D55E00", "#009E73", "#B2529B", "#8A6D00", "#56B4E9", "#E69F00", "#707070")
-
-
-def run_dir(arm: str, seed: int) -> Path:
-    return RUNS / arm / str(seed)
-
-
-def records(arm: str, seed: int) -> list[dict[str, Any]]:
-    path = ROOT / run_dir(arm, seed) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def seeds_of(arm: str, seeds: Sequence[int]) -> list[int]:
-    return [*seeds, *MORE_SEEDS.get(arm, ())]
-
-
-def steps_of_recipe() -> int:
-    from nemo_lite import load_recipe
-
-    return load_recipe(ROOT / RECIPE).train.steps
-
-
-def finished(arm: str, seed: int, steps: int) -> bool:
-    return any(r["step"] == steps and "val_loss" in r for r in records(arm, seed))
-
-
-def train(arm: str, seed: int) -> tuple[str, int, float]:
-    """One run, or the rest of one; its seconds here."""
-    folder = run_dir(arm, seed)
-    command = [sys.executable, "-m", "nemo_lite", "train", RECIPE, f"run_dir={folder}", f"seed={seed}",
-               f"precision={ARMS[arm][1]}"]  # fmt: skip
-    (ROOT / folder).mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
-    with open(ROOT / folder / "output.txt", "a") as log:
-        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=os.environ).returncode
-    if code:
-        raise SystemExit(f"{arm}, seed {seed}: exit code {code}; {folder}/output.txt tells why")
-    return arm, seed, time.perf_counter() - began
-
-
-def make_tokenizer() -> None:
-    """The recipe's, from its training text; kept."""
-    target = RUNS / "tokenizer" / "tokenizer.json"
-    if not (ROOT / target).exists():
-        words = ["tokenizer", "train", "--source", "stdlib", "--vocab-size", "512", "--validation-fraction", "0.05"]
-        subprocess.run([sys.executable, "-m", "nemo_lite", *words, "--out", str(target)], cwd=ROOT, check=True)
-
-
-def run_all(arms: list[str], seeds: list[int], at_once: int) -> None:
-    make_tokenizer()
-    steps = steps_of_recipe()
-    wanted = [(arm, seed) for seed in seeds for arm in arms]
-    wanted += [(arm, seed) for arm in arms for seed in MORE_SEEDS.get(arm, ())]
-    left = [(arm, seed) for arm, seed in wanted if not finished(arm, seed, steps)]
-    print(f"{len(left)} runs of {steps} steps, {at_once} at a time", flush=True)
-    with ThreadPoolExecutor(at_once) as pool:
-        for job in [pool.submit(train, arm, seed) for arm, seed in left]:
-            arm, seed, seconds = job.result()
-            loss = [r["val_loss"] for r in records(arm, seed) if "val_loss" in r][-1]
-            print(f"{arm:<14} seed {seed}: validation loss {loss:.4f}, {seconds:.0f} s", flush=True)
+STUDY = Study(Path("runs/precision"), RECIPE, {arm: [f"precision={words}"] for arm, (_, words) in ARMS.items()},
+              MORE_SEEDS)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ the table
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval by Student's t."""
-    n, mean = len(values), sum(values) / len(values)
-    if n < 2:
-        return mean, math.inf
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    return mean, STUDENT[n] * deviation / math.sqrt(n)
-
-
-def curve(arm: str, seed: int) -> dict[int, float]:
-    return {r["step"]: r["val_loss"] for r in records(arm, seed) if "val_loss" in r}
-
-
 def summary(arms: list[str], seeds: list[int]) -> dict[str, Any]:
     """Every arm's losses and its paired difference from BF16, relative, at every validation."""
-    curves = {arm: [curve(arm, seed) for seed in seeds_of(arm, seeds)] for arm in arms}
+    curves = {arm: [STUDY.curve(arm, seed) for seed in STUDY.seeds_of(arm, seeds)] for arm in arms}
     last = max(curves["bf16"][0])
     found = {}
     for arm in arms:
@@ -145,30 +58,29 @@ def summary(arms: list[str], seeds: list[int]) -> dict[str, Any]:
         for step in curves["bf16"][0]:
             pairs = [(mine.get(step), theirs.get(step)) for mine, theirs in zip(curves[arm], curves["bf16"])]
             if all(a is not None and b is not None for a, b in pairs):
-                mean, half = interval([(a - b) / b for a, b in pairs])
-                differences[step] = {"mean": mean, "half_width": half}
+                differences[step] = relative(*zip(*pairs))
         found[arm] = {
             "label": ARMS[arm][0], "precision": ARMS[arm][1], "val_loss": [c.get(last) for c in curves[arm]],
             "val_loss_50": [c.get(50) for c in curves[arm]], "differences": differences,
-            "seconds": [records(arm, seed)[-1]["elapsed_seconds"] for seed in seeds_of(arm, seeds)],
+            "seconds": [STUDY.seconds(arm, seed) for seed in STUDY.seeds_of(arm, seeds)],
             "tokens_per_second": [_speed(arm, seed) for seed in seeds], "flushed": _flushed(arm, seeds[0]),
         }  # fmt: skip
     return {"steps": last, "tokens": _tokens(arms[0], seeds[0]), "arms": found}
 
 
 def _tokens(arm: str, seed: int) -> int:
-    return max(r.get("tokens", 0) for r in records(arm, seed))
+    return max(r.get("tokens", 0) for r in STUDY.records(arm, seed))
 
 
 def _speed(arm: str, seed: int) -> float:
     """The median over the log intervals after the first."""
-    speeds = sorted(r["tokens_per_second"] for r in records(arm, seed) if "loss" in r and r["step"] > 25)
+    speeds = sorted(r["tokens_per_second"] for r in STUDY.records(arm, seed) if "loss" in r and r["step"] > 25)
     return speeds[len(speeds) // 2]
 
 
 def _flushed(arm: str, seed: int) -> dict[str, dict[str, float]]:
     """Kind of linear -> operand -> share flushed to zero, over the layers and the second half of the run."""
-    measured = [r["quantisation"] for r in records(arm, seed) if "quantisation" in r]
+    measured = [r["quantisation"] for r in STUDY.records(arm, seed) if "quantisation" in r]
     sums: dict[str, dict[str, list[float]]] = {}
     for one in measured[len(measured) // 2 :]:
         for name, operands in one.items():
@@ -213,10 +125,6 @@ def draw(result: dict[str, Any]) -> str:
         y = min(max(y, low), high)
         return left + x / end * (width - left - right), top + (high - y) / (high - low) * (height - top - bottom)
 
-    def text(x: float, y: float, words: str, size: int = 12, anchor: str = "start", fill: str = "#222") -> str:
-        where = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{fill}"'
-        return f"<text {where}>{escape(words)}</text>"
-
     parts = [text(left, 24, "Validation loss over BF16's, at equal tokens, mean of paired seeds", 15)]
     step = next(s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10) if (high - low) / s <= 8)
     for i in range(math.ceil(low / step), math.floor(high / step) + 1):
@@ -245,11 +153,7 @@ def draw(result: dict[str, Any]) -> str:
         final = arms[name]["differences"][result["steps"]]
         words = f"{arms[name]['label']}  {100 * final['mean']:+.2f} %"
         parts.append(text(width - right + 44, at - over + 4, words, 12, fill=colour))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" font-family="Helvetica Neue, Arial, Liberation Sans, sans-serif"><title>Validation loss of number '
-        f'formats over BF16</title><rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
-    )
+    return svg(width, height, "Validation loss of number formats over BF16", parts)
 
 
 # --------------------------------------------------------------------------------------------------------------- cost
@@ -324,9 +228,9 @@ def main() -> None:
         result = {**known, "cost": {"machine": machine(), "presets": cost()}}
     else:
         if not args.draw:
-            run_all(args.arms, args.seeds, args.at_once)
-        steps = steps_of_recipe()
-        done = [arm for arm in ARMS if all(finished(arm, seed, steps) for seed in seeds_of(arm, args.seeds))]
+            make_tokenizer(STUDY.folder / "tokenizer")
+            STUDY.run(args.arms, args.seeds, args.at_once)
+        done = [arm for arm in ARMS if all(STUDY.finished(arm, seed) for seed in STUDY.seeds_of(arm, args.seeds))]
         if "bf16" not in done:
             raise SystemExit("differences are from bf16, and its runs are not all there: add bf16 to --arms")
         found = summary(done, args.seeds)

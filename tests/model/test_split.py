@@ -317,6 +317,20 @@ def test_packed_is_separate(pattern, mtp, seed, docs, depth, masked):
     model = build(pattern, mtp, seed, depth=depth).train()
     ids = random_ids(model.config, *docs.shape, seed=seed)
     labels = ids.masked_fill(random_ids(model.config, *docs.shape, seed=seed + 1) < 6, IGNORE) if masked else ids
+    assert_packed_is_separate(model, ids, docs, labels, depth)
+
+
+def test_a_long_packed_row_is_separate():
+    """8,192 tokens: documents that end inside a chunk of the scan, at its end, and after many of them."""
+    lengths = [1, 700, 64, 3001, 2, 4096, 327, 1]
+    docs = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+    model = build("ME*M", "*E", chunk_size=64).train()
+    ids = random_ids(model.config, *docs.shape)
+    assert docs.shape == (1, 8192)
+    assert_packed_is_separate(model, ids, docs, ids, model.depth)
+
+
+def assert_packed_is_separate(model, ids, docs, labels, depth):
     normalizers = Normalizers([float(n) for n in label_counts(labels, docs, depth)], 1.0)
 
     def grads():
