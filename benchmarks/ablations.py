@@ -37,14 +37,14 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     ),
     "attention": (
         "all attention",
-        ["model.pattern='*E**E*E'", "model.num_attention_heads=10",
+        ["model.pattern=*E**E*E", "model.num_attention_heads=10",
          "model.moe_shared_expert_intermediate_size=140"],
     ),
     "mamba": (
         "all Mamba-2",
         ["model.pattern=MEMMEME", "model.mamba_head_dim=26", "model.moe_shared_expert_intermediate_size=136"],
     ),
-    "mtp": ("hybrid, with MTP", ["model.mtp.pattern='*E'"]),
+    "mtp": ("hybrid, with MTP", ["model.mtp.pattern=*E"]),
     "constant": ("hybrid, constant rate, last", ["schedule.kind=constant", "schedule.decay_steps=0"]),
 }  # fmt: skip
 MERGED = "merged"

@@ -347,7 +347,7 @@ def _formats(found: list[dict[str, Any]]) -> list[str]:
     for name, arm in result["arms"].items():
         last = arm["differences"][str(result["steps"])]
         losses = ", ".join(f"{loss:.4f}" for loss in arm["val_loss"])
-        difference = "" if name == "bf16" else f"{100 * last['mean']:+.2f} % ± {100 * last['half_width']:.2f}"
+        difference = "" if name == "bf16" else _difference(last)
         rows.append([arm["label"], f"`{arm['precision'].strip('{}')}`", losses, difference])
     bf16 = result["arms"]["bf16"]
     below = ", ".join(f"{1 - late / early:.0%}" for early, late in zip(bf16["val_loss_50"], bf16["val_loss"]))
@@ -402,6 +402,107 @@ def _layouts(found: list[dict[str, Any]]) -> list[str]:
     return [*lines, *_source(found[0]), *_table(header, rows), ""]
 
 
+ABLATIONS_INTRO = """\
+## What the parts are worth at toy size
+
+A hybrid of about a million parameters, [hybrid.yaml](../recipes/ablation/hybrid.yaml), trained on the Python standard
+library's sources once an arm and seed. All arms have as many active parameters and read as many tokens; arms of a seed
+read the same ones in the same order. A difference is the mean over seeds of the paired relative difference of the main
+head's validation loss, with its 95 % interval (Student's t): below zero where the part pays. *Active* is of the
+trunk's layers. All attention is attention as it is in this model, without positional embedding. MTP adds a block in
+training only. *Merged* is the uniform average of the checkpoints of the last steps of a run at a constant learning
+rate.
+"""
+
+
+def _ablations(found: list[dict[str, Any]]) -> list[str]:
+    """LatentMoE, the mixers, MTP and merging, each against what it replaces."""
+    if not found:
+        return [f"{ABLATIONS_INTRO}\n{NOT_MEASURED} `python benchmarks/ablations.py` does it.\n"]
+    result = found[0]
+    arms = [
+        [
+            arm["label"], ", ".join(f"`{change}`" for change in arm["changes"]),
+            f"{arm['active']:,}", f"{arm['total']:,}", ", ".join(f"{loss:.4f}" for loss in arm["val_loss"]),
+        ]
+        for arm in result["arms"].values()
+    ]  # fmt: skip
+    labels = {name: arm["label"] for name, arm in result["arms"].items()}
+    differences = [
+        [labels[each["arm"]], labels[each["over"]], _difference(each), _verdict(each)]
+        for each in result["differences"]
+    ]  # fmt: skip
+    return [
+        ABLATIONS_INTRO, *_source(result),
+        f"{result['steps']} steps, {result['tokens'] / 1e6:.2f} M tokens a run, {len(result['seeds'])} seeds, "
+        f"{result['window']} steps merged; {result['minutes']:.0f} minutes in all.", "",
+        *_table(["what", "over", "validation loss", ""], differences), "",
+        *_table(["arm", "changes", "active", "in all", "validation loss by seed"], arms), "",
+    ]  # fmt: skip
+
+
+def _difference(each: dict[str, float]) -> str:
+    return f"{100 * each['mean']:+.2f} % ± {100 * each['half_width']:.2f}"
+
+
+def _verdict(each: dict[str, float]) -> str:
+    """Whether the interval leaves out zero."""
+    if abs(each["mean"]) <= each["half_width"]:
+        return "no difference shown"
+    return "lower" if each["mean"] < 0 else "higher"
+
+
+LONG_INTRO = """\
+## Long rows
+
+**Memory.** Steps of `nemo-lite train` on a row of one document, the demo's model with MTP at both depths: the peak
+resident set of the process, all of Python and torch included.
+"""
+STAGE_INTRO = """\
+**A long stage.** A small hybrid trained on rows of 4,096 tokens, [short.yaml](../recipes/long_context/short.yaml), goes
+on for the same tokens in rows of 65,536, [long.yaml](../recipes/long_context/long.yaml), and in rows of 4,096. Loss in
+nats a byte by position in held-out documents of 65,536 bytes, the Python standard library's largest files; the last
+column is of the last 4,096.
+
+![Mean loss over a document's first tokens](images/long_context.svg)
+"""
+
+
+def _long_context(found: list[dict[str, Any]]) -> list[str]:
+    """Memory of long rows, and loss by position before and after a long stage."""
+    result = found[0] if found else {}
+    lines = [LONG_INTRO]
+    if memory := result.get("memory"):
+        rows = [
+            [f"{row['seq_len']:,}", row["recompute"], f"{row['peak_gib']:.2f}", f"{row['seconds']:.0f}"]
+            for row in memory["rows"]
+        ]
+        header = ["tokens of the row", "recomputed layers", "peak, GiB", "seconds a step"]
+        lines += [*_source(memory), *_table(header, rows), ""]
+    else:
+        lines += [f"{NOT_MEASURED} `python benchmarks/long_context.py memory` does it.", ""]
+    if (stage := result.get("stage")) is None:
+        command = "python benchmarks/long_context.py stage"
+        return [*lines, f"A long stage: {NOT_MEASURED[0].lower()}{NOT_MEASURED[1:]} `{command}` does it.", ""]
+    names = {"short": "before", "control": "rows of 4,096", "long": "rows of 65,536"}
+    columns = [i for i in range(1, len(stage["edges"])) if stage["edges"][i] in (64, 1024, 4096, 16384, 65536)]
+    table = []
+    for arm, name in names.items():
+        curve = stage["cumulative"][arm]
+        ends = ", ".join(f"{loss:.4f}" for loss in stage["at_the_end"][arm])
+        table.append([name, "", *(f"{curve[i - 1]:.3f}" for i in columns), ends])
+    header = ["model", "", *(f"first {stage['edges'][i]:,}" for i in columns), "last 4,096, by seed"]
+    over = stage["differences"]
+    return [
+        *lines, STAGE_INTRO, *_source(stage),
+        f"{stage['started_from_tokens'] / 1e6:.2f} M tokens, then {stage['tokens'] / 1e6:.2f} M in {stage['steps']} "
+        f"steps; {len(stage['seeds'])} seeds, {stage['documents']} documents; {stage['minutes']:.0f} minutes in all. "
+        f"In the last 4,096 tokens the long stage is at {_difference(over['long over control'])} of its control and at "
+        f"{_difference(over['long over short'])} of the model before it.", "",
+        *_table(header, table), "",
+    ]  # fmt: skip
+
+
 DATA_WORDS = {
     "shards": "shuffled batches from .bin/.idx",
     "jsonl": "tokenising a jsonl, then shuffled batches of an epoch",
@@ -441,6 +542,8 @@ def results_page(folder: Path = RESULTS) -> str:
             RESULTS_INTRO,
             *_demo(_read(folder, "demo.json")),
             *_serve(folder),
+            *_ablations(_read(folder, "ablations.json")),
+            *_long_context(_read(folder, "long_context.json")),
             *_formats(_read(folder, "precision.json")),
             *_layouts(_read(folder, "megatron.json")),
             *_data(_read(folder, "data.json")),

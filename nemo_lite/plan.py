@@ -473,6 +473,9 @@ class _Stage:
         H = config.hidden_size * BF16
         each = {kind: _saved(config, kind, layout) for kind in letters}
         size = {kind: scattered * m.scattered + cut * m.tokens for kind, (scattered, cut) in each.items()}
+        if layout.cp > 1 and "*" in size:  # keys and values of the other ranks' tokens, gathered
+            kv = max(config.num_key_value_heads / layout.tp, 1)
+            size["*"] += m.tokens * (layout.cp - 1) * 2 * kv * config.head_dim * BF16
         again = [kind for kind in letters if kind in m.recipe.train.recomputed]
         kept = sum(n * (H * m.scattered if kind in again else size[kind]) for kind, n in letters.items())
         now = max((size[kind] for kind in again), default=0.0)

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SUPER = str(ROOT / "recipes" / "pretrain" / "nemotron3_super.yaml")
 BENCH = str(ROOT / "recipes" / "pretrain" / "bench_small.yaml")
 ONE_ROW = ("train.dtype=bfloat16", "train.micro_batch_size=1", "train.global_batch_size=8")
+MILLION = ("data.seq_len=1048576", "train.global_batch_size=8")
 H100 = GPUS["H100"]
 
 
@@ -168,6 +169,20 @@ def test_recomputation_takes_time_and_spares_memory():
     kept, again = (estimate(recipe("MEM*E-", recompute=r), Layout(ep=2), 2, H100) for r in ("none", "full"))
     assert again.seconds["products"] > 1.2 * kept.seconds["products"]
     assert again.memory["activations"] < 0.5 * kept.memory["activations"]
+
+
+def test_context_parallel_ranks_keep_the_keys_and_values_of_whole_rows():
+    one, two = (estimate(recipe("*"), Layout(cp=cp), cp, H100).memory["activations"] for cp in (1, 2))
+    assert two == one / 2 + 256 * 2 * 2 * 16 * 2  # the other rank's: 2 heads of 16, keys and values in bf16
+
+
+def test_rows_of_a_million_tokens():
+    """The published layout of the long stage is legal and fits, and says what it sends."""
+    found, published = load_recipe(SUPER, MILLION), Layout(tp=2, cp=64, ep=64, sp=True)
+    assert published in planner.layouts(found, 128)
+    cost = estimate(found, published, 128, H100)
+    assert cost.total_memory < H100.memory
+    assert all(cost.sent[kind] > 0 for kind in ("tp", "ep", "cp", "dp"))
 
 
 def test_micro_batches_under_way():
