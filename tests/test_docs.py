@@ -89,6 +89,28 @@ def measured(tmp_path):
         "seeds": [0, 1], "minutes": 50.0, "arms": {"bf16": arm, "super": other}, "cost": cost,
     }  # fmt: skip
     (tmp_path / "precision.json").write_text(json.dumps(precision))
+    arms = {
+        name: {"label": name, "changes": [f"model.x={name}"], "active": 1000, "total": 4000, "val_loss": [2.0, 2.1]}
+        for name in ("latent", "plain")
+    }  # fmt: skip
+    pays = {"arm": "latent", "over": "plain", "mean": -0.02, "half_width": 0.01}
+    ablations = {
+        "command": "python benchmarks/ablations.py", "machine": MACHINE, "steps": 400, "tokens": 819_200, "window": 100,
+        "seeds": [0, 1], "minutes": 30.0, "arms": arms,
+        "differences": [pays, pays | {"mean": 0.02}, pays | {"mean": 0.005}],
+    }  # fmt: skip
+    (tmp_path / "ablations.json").write_text(json.dumps(ablations))
+    long = {"seq_len": 65_536, "recompute": "full", "peak_gib": 2.346, "seconds": 300.0, "losses": [8.0, 7.0]}
+    curve = {"mean": -0.125, "half_width": 0.02}
+    stage = {
+        "command": "python benchmarks/long_context.py stage", "machine": MACHINE, "seeds": [0, 1], "documents": 8,
+        "steps": 12, "tokens": 786_432, "started_from_tokens": 4_915_200, "minutes": 12.0, "edges": [0, 64, 65_536],
+        "cumulative": {arm: [2.5, 1.25] for arm in ("short", "control", "long")},
+        "at_the_end": {arm: [1.5, 1.75] for arm in ("short", "control", "long")},
+        "differences": {"long over control": curve, "long over short": curve | {"mean": 0.5}},
+    }  # fmt: skip
+    memory = {"command": "python benchmarks/long_context.py memory", "machine": MACHINE, "rows": [long]}
+    (tmp_path / "long_context.json").write_text(json.dumps({"memory": memory, "stage": stage}))
     native = {"ranks": 1, "parallel": {"engine": "native"}, "seconds": 2.0, "memory_gb": 1.0, "sent": {}}
     cut = {
         "ranks": 2,
@@ -136,6 +158,12 @@ def test_results_show_what_was_measured(generate, measured):
     assert "| the recipe | `preset: nvfp4` | 2.0200, 2.1200 | +1.00 % ± 0.20 |" in page
     assert "BF16 ends 50%, 48% below its loss at step 50." in page and "| out_proj |  | 12.5% |" in page
     assert "| nvfp4 |  | 1.50 | **1.70x** | 151 |" in page
+    verdicts = ("-2.00 % ± 1.00 | lower", "+2.00 % ± 1.00 | higher", "+0.50 % ± 1.00 | no difference shown")
+    assert all(f"| latent | plain | {verdict} |" in page for verdict in verdicts)
+    assert "| plain | `model.x=plain` | 1,000 | 4,000 | 2.0000, 2.1000 |" in page
+    assert "| 65,536 | full | 2.35 | 300 |" in page
+    assert "at -12.50 % ± 2.00 of its control and at +50.00 % ± 2.00 of the model" in page
+    assert "| rows of 65,536 |  | 2.500 | 1.250 | 1.5000, 1.7500 |" in page
     assert "| 100.0 M tokens | 10.0 | 10.00 M tokens/s | 9.00 to 11.00 | 55 |" in page
     assert "| 700 documents | 5.0 | 2.50 MB/s | 5.00 to 5.00 |  |" in page
 
@@ -150,7 +178,7 @@ def test_the_readme_shows_the_most_threads(generate, measured):
 
 
 def test_what_is_missing_is_said(generate, tmp_path):
-    assert generate.results_page(tmp_path).count(generate.NOT_MEASURED) == 10
+    assert generate.results_page(tmp_path).count(generate.NOT_MEASURED) == 12
     assert generate.numbers(tmp_path).count("not measured yet") == 2
 
 

