@@ -142,6 +142,7 @@ def read(study: Study, arm: str, seed: int) -> list[list[float]]:
 
     kept = ROOT / study.run_dir(arm, seed) / "by_position.json"
     if not kept.exists():
+        torch.set_num_threads(os.cpu_count() or 1)
         model, found, began = HybridLM.from_pretrained(kept.parent / "model"), [], time.perf_counter()
         for path in sorted((ROOT / FOLDER / "held_out").iterdir()):
             ids = torch.tensor(list(path.read_bytes()[: LENGTH + 1]))
