@@ -125,7 +125,6 @@ def memory() -> dict[str, Any]:
 def run_stage(seeds: list[int]) -> None:
     write_documents()
     for seed in seeds:
-        START.run(["short"], [seed], 1)
         for study, arm in ((START, "short"), (STAGES, "long"), (STAGES, "control")):
             study.run([arm], [seed], 1)
             target = ROOT / study.run_dir(arm, seed) / "model"
