@@ -50,7 +50,7 @@ def refusal(*arguments, **keywords):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_recipe_loads_and_round_trips(path, tmp_path):
     recipe = load_recipe(path)
-    programme = "" if path.parent.name in ("recipes", "pretrain", "precision") else f"{path.parent.name}/"
+    programme = f"{path.parent.name}/" if path.parent.name.startswith("super") else ""
     assert recipe.run_dir == f"runs/{programme}{path.stem}"
     copy = tmp_path / "recipe.yaml"
     copy.write_text(recipe_to_yaml(recipe))
