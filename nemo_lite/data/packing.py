@@ -440,7 +440,7 @@ def validation_batches(
         names = ", ".join(source.name for source in sources)
         raise UserError(
             f"data.validation_fraction: {data.validation_fraction} leaves no document of {names} for validation; raise "
-            "it, add documents, or set eval.every=0"
+            "it, add documents, or train with eval.every=0"
         )
     return ValidationBatches(data, sources, rows_per_batch, num_batches, rank, world_size, run_tokens)
 

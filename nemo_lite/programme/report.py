@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from nemo_lite.evaluate.ruler import CHANCE, DISTRACTORS
 from nemo_lite.programme import record as records
 from nemo_lite.programme.record import Verdict
 from nemo_lite.programme.stages import Row, Stage, lanes, lanes_across, load_programme
@@ -261,13 +262,17 @@ def _heat_maps(page: Page, number: int) -> list[str]:
 
 
 def scores(evaluation: Any) -> dict[str, dict[str, float]]:
-    """Task -> model -> score in [0, 1]: what an evaluation.json calls ``score``, of its model and the other one."""
+    """Task -> model -> share in [0, 1] that an evaluation.json tells of its model and the other one.
+
+    Of a long-range question whether the answer was the ``likeliest``, which tells small models apart where none writes
+    an answer; of a harness's task its ``score``.
+    """
     found: dict[str, dict[str, float]] = {}
 
     def walk(node: Any, path: list[str], model: str) -> None:
         if not isinstance(node, dict):
             return
-        value = charts._number(node.get("score"))
+        value = charts._number(node.get("likeliest", node.get("score")))
         if value is not None and 0 <= value <= 1 and path:
             found.setdefault(" ".join(path), {})[model] = value
             return
@@ -305,7 +310,8 @@ def _evaluation(page: Page) -> str:
         cards.append(
             f'<section class="card"><div class="head"><h2>Scores, {escape(name)}</h2><ul class="legend">{keys}</ul>'
             "</div>"
-            f'<ul class="bars">{rows}</ul></section>'
+            f'<ul class="bars">{rows}</ul><p class="caption">Long-range questions: how often the answer is likelier than '
+            f"{DISTRACTORS} wrong ones of its form, {percent(CHANCE)} by chance.</p></section>"
         )
     return "".join(cards)
 
