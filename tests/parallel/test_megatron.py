@@ -12,6 +12,7 @@ from runs import ALONE, losses, wait_for
 
 from nemo_lite import HybridLM, load_recipe, plan
 from nemo_lite.export import export
+from nemo_lite.merge import merge
 from nemo_lite.model import hf
 from nemo_lite.parallel.layout import layout_of
 from nemo_lite.train import loop
@@ -287,6 +288,31 @@ def test_export_writes_the_checkpoint_s_weights_without_the_model(undisturbed, t
     written = dict(HybridLM.from_pretrained(tmp_path / "model").named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(written[name], parameter), name
+
+
+def test_a_merge_averages_what_the_ranks_wrote(undisturbed, tmp_path):
+    """Of steps 5 and 10, read from the layout's files; the native engine's reader gives what is expected."""
+    run = undisturbed[2] / "megatron"
+    recipe = load_recipe(run / "recipe.yaml", ["parallel.engine=native", *NATIVE])
+    saved = [loop.build_model(recipe, ALONE, fresh=False) for _ in range(2)]
+    for path, model in zip(checkpoints(run), saved, strict=True):
+        load_tensors(path, model, None, None)
+    merge([run], tmp_path / "merged", window=5 * recipe.tokens_per_step)
+    written = dict(HybridLM.from_pretrained(tmp_path / "merged").named_parameters())
+    for (name, first), last in zip(saved[0].named_parameters(), saved[1].parameters(), strict=True):
+        assert torch.allclose(written[name], (first + last) / 2, rtol=1e-6, atol=1e-8), name
+
+
+def test_rows_of_alternating_lengths(forks, tmp_path):
+    """Pipeline and context parallel ranks see two lengths in turn, and as many tokens."""
+    cycle = ("data.seq_len_cycle=[64,32]", "train.global_batch_size=4", "train.steps=4")
+    layout = ("parallel.engine=megatron", "parallel.pp=2", "parallel.cp=2")
+    forks.train("resume", tmp_path / "megatron", *layout, *cycle, ranks=4)
+    forks.train("resume", tmp_path / "native", *cycle)
+    native, megatron = losses(tmp_path / "native"), losses(tmp_path / "megatron")
+    assert list(megatron) == list(native) and len(native) >= 4
+    for step, values in native.items():
+        assert megatron[step] == pytest.approx(values, rel=1e-4), step
 
 
 def test_an_illegal_layout_is_a_sentence_before_any_group(forks, tmp_path):
