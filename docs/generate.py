@@ -506,8 +506,8 @@ def _long_context(found: list[dict[str, Any]]) -> list[str]:
 DATA_WORDS = {
     "shards": "shuffled batches from .bin/.idx",
     "jsonl": "tokenising a jsonl, then shuffled batches of an epoch",
-    "tokenize, 1 worker": "`nemo-lite data tokenize`, one process",
-    "tokenize, a worker a core": "`nemo-lite data tokenize`, a process a core",
+    "tokenize, one core": "`nemo-lite data tokenize`, one core",
+    "tokenize, a process a core": "`nemo-lite data tokenize`, a process a core",
     "clean": "`nemo-lite data clean`, every step",
 }
 
