@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 from typing import Any
 
 from nemo_lite.config import ModelConfig, Recipe, RecipeError, UserError, check_world_size, load_recipe, recipe_to_yaml
@@ -288,7 +289,7 @@ def _show(recipe: Recipe, world_size: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     counts = parameter_counts(recipe.model)
     flops = flops_per_token(recipe.model, recipe.data.seq_len)
     memory = memory_per_rank(recipe, world_size)

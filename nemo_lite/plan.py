@@ -24,6 +24,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -636,7 +637,7 @@ def _show(found: list[Estimate], title: str, limit: float) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
     def table(*columns: str) -> Table:
         made = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))

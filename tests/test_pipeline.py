@@ -208,6 +208,43 @@ def test_a_signal_stops_the_stage_and_a_death_is_seen(chain):
     assert "b failed with exit code -9" in process.communicate(timeout=30)[0]
 
 
+@pytest.mark.parametrize(
+    ("words", "state"),
+    [
+        ("nemo-lite data clean text --to out/x", "run"),
+        ("nemo-lite data tokenize text --to out/x", "resume"),
+        ("python make.py", "resume"),
+    ],
+)
+def test_what_cannot_go_on_starts_over(words, state):
+    """Broken off with an output: only those that go on find it again."""
+    Path("text").write_text("text\n")
+    stage("x", words, ["text"])
+    (x,) = load_programme(Path("prog"))
+    Path("out").mkdir()
+    Path("out/x").write_text("half of it")
+    broken = records.Record("failed", records.recipe_keys(x), records.version(x), records.inputs_now(x, None), code=1)
+    records.write(x, broken)
+    assert states() == {"x": state}
+    with pytest.raises(UserError, match="x failed with exit code"):
+        main(["prog"])
+    assert Path("out/x").exists() == (state == "resume")
+
+
+def test_cleaning_runs_again(capsys):
+    """The list of dropped documents, which is no output, is in nobody's way."""
+    Path("text.jsonl").write_text('{"text": "one two three"}\n{"text": "four"}\n')
+    for least in (2, 1):
+        command = (
+            f"nemo-lite data clean text.jsonl --to out/kept.jsonl --skip near --skip repetition --min-words {least}"
+        )
+        stage("clean", command, ["text.jsonl"], ["out/kept.jsonl"])
+        assert main(["prog"]) == 0
+        assert len(Path("out/kept.jsonl").read_text().splitlines()) == 3 - least
+    assert main(["prog", "--slurm"]) == 0
+    assert "the script submits nothing" in capsys.readouterr().err
+
+
 def recipe(name, **sections):
     """A training stage, tests/recipes/golden_mem.yaml its base."""
     Path("prog").mkdir(exist_ok=True)
@@ -244,6 +281,11 @@ def test_a_killed_training_stage_goes_on_from_its_checkpoint(somewhere):
     steps = [json.loads(line)["step"] for line in Path("runs/prog/phase2/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(5, 31)) and set(states().values()) == {"done"}
 
+    shutil.rmtree("runs/prog/phase2/checkpoints/step_30")  # the end of the run, not all of it
+    assert states() == {"phase1": "done", "phase2": "resume"}
+    assert main(["prog"]) == 0
+    assert "resuming" in Path("runs/prog/phase2.stage.log").read_text() and set(states().values()) == {"done"}
+
 
 # -------------------------------------------------------------------------------------------------- files and the graph
 
@@ -253,6 +295,7 @@ def test_a_killed_training_stage_goes_on_from_its_checkpoint(somewhere):
     [
         ({"stage": {"comand": "x"}}, "stage.comand: no such key; did you mean command?"),
         ({"stage": {"command": "x"}}, "stage.outputs: is empty"),
+        ({"stage": {"command": 'x "y', "outputs": ["out/x"]}}, 'stage.command: no closing quotation: x "y'),
         ({"stage": {"outputs": ["out/x"]}}, "a training stage's output is its last checkpoint"),
         ({"stage": {"command": "x", "outputs": ["out/x"]}, "seed": 1}, "seed: says nothing to a stage with a command"),
         ({"stage": {"command": "x", "outputs": ["out/x"], "inputs": ["aa"]}}, "aa is no stage; did you mean a?"),

@@ -70,7 +70,10 @@ def programme(tmp_path, monkeypatch):
     history("long", 100, sources=[("data/long.jsonl", 0, 1000)])
     shutil.copytree(MODEL, "out/merged")
     Path("out/scores").mkdir()
-    body = {"model": "out/merged", "ruler": {"copying": {"score": 0.5}, "recall <far>": {"score": 0, "likeliest": 0.25}}}
+    body = {
+        "model": "out/merged",
+        "ruler": {"copying": {"score": 0.5}, "recall <far>": {"score": 0, "likeliest": 0.25}},
+    }
     body["against"] = {"model": "out/long", "figures": {"ruler": {"copying": {"score": 0.75}}}}
     Path("out/scores/evaluation.json").write_text(json.dumps(body))
     for name in ("first", "second", "merge", "long", "scores"):

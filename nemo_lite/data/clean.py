@@ -5,8 +5,8 @@ A document passes the steps in the order of `STEPS` and is dropped by the first 
 length       too few or too many words
 repetition   lines, paragraphs or n-grams that are repeated: the rules and limits of Gopher (Rae et al. 2021, table A1)
 exact        the text of an earlier document
-near         about the words of an earlier one: MinHash signatures of 5-grams, found by LSH (datasketch)
 against      a run of 13 words that an evaluation set has too (all words of an item with fewer, from 8 on)
+near         about the words of an earlier one that was kept: MinHash signatures of 5-grams, found by LSH (datasketch)
 
 Words of the last two are runs of letters and digits in lower case. What is kept may then be rearranged for
 fill-in-the-middle (Bavarian et al. 2022): prefix, suffix, middle, cut at two random characters.
@@ -31,7 +31,7 @@ from nemo_lite.config import SourceConfig, UserError
 from nemo_lite.data.sources import Document, ReadStats, documents, text_items
 from nemo_lite.data.tokenizer import Tokenizer
 
-STEPS = ("length", "repetition", "exact", "near", "against")
+STEPS = ("length", "repetition", "exact", "against", "near")
 SHINGLE, PERMUTATIONS = 5, 128
 OVERLAP, SHORTEST_OVERLAP = 13, 8  # words
 # Shares of lines and paragraphs that are repeats, and of their characters.
@@ -308,12 +308,14 @@ def clean(
     reasons to `dropped_file(out)`.
 
     `words`: fewest and most of a document; `near`: the likeness (Jaccard, of 5-grams) that makes a duplicate; `fim`:
-    the share that is rearranged with the tokens `fim_names`. Both files appear when all is done. Raises
-    :class:`UserError` for sources that cannot be read, and where `out` exists.
+    the share that is rearranged with the tokens `fim_names`. Both files appear when all is done; a list of dropped
+    documents without its `out` is replaced. Raises :class:`UserError` for sources that cannot be read, and where `out`
+    exists or is named as no jsonl is.
     """
-    for path in (out, dropped_file(out)):
-        if path.exists():
-            raise UserError(f"{path} exists; move it away, or write to another file")
+    if out.suffix != ".jsonl":  # read as one plain text, whatever is in it
+        raise UserError(f"{out} would hold jsonl; end its name with .jsonl")
+    if out.exists():
+        raise UserError(f"{out} exists; move it away, or write to another file")
     hashed, exact = Words(), Exact()
     steps = [step for step in STEPS if step not in skip and (step != "against" or against)]
     similar = Near(near) if "near" in steps else None

@@ -94,7 +94,7 @@ def _say(text: str) -> None:
 def _tokenize(arguments: argparse.Namespace) -> int:
     from nemo_lite.data.tokenize import tokenize  # POSIX only
 
-    if arguments.shard_mb <= 0 or (arguments.workers or 1) < 1:
+    if arguments.shard_mb <= 0 or (arguments.workers is not None and arguments.workers < 1):
         raise UserError("--shard-mb and --workers need numbers above zero")
     folder = Path(arguments.to)
     manifest = tokenize(

@@ -262,8 +262,8 @@ def _find(source: SourceConfig, tokenizer: Tokenizer) -> tuple[Path, dict[str, A
     elif manifest is not None:
         if not manifest["complete"]:
             raise UserError(
-                f"data source {name}: {len(manifest['shards'])} of {manifest['parts']} shards are made; the same "
-                "`nemo-lite data tokenize` makes the others"
+                f"data source {name}: tokenising it did not end, {len(manifest['shards'])} of {manifest['parts']} "
+                "shards are made; the same `nemo-lite data tokenize` goes on"
             )
         paths = [folder / f"{shard['name']}.idx" for shard in manifest["shards"] if shard["documents"]]
     else:

@@ -260,7 +260,7 @@ def _read_lines(
                 except ValueError as error:
                     where = f"{path}:{number}: {error}"
                     if on_bad_line == "fail":
-                        raise UserError(f"{where}; data.on_bad_line=skip leaves such lines out") from error
+                        raise UserError(f"{where}; with on_bad_line=skip such lines are left out") from error
                     stats.bad_lines += 1
                     stats.first_bad = stats.first_bad or where
                     if stats.reject is not None:
@@ -303,8 +303,10 @@ def _checked(text: Any, name: str, row: int, source: SourceConfig, stats: ReadSt
         return
     what = f"`{source.text_key}` holds a {type(text).__name__}, not a text"
     if stats.reject is not None:
+        what = what if text is not None else f"no `{source.text_key}`"
         stats.bad_lines += 1
-        stats.reject(name, row, what if text is not None else f"no `{source.text_key}`")
+        stats.first_bad = stats.first_bad or f"{name}#{row}: {what}"
+        stats.reject(name, row, what)
     elif text is not None:
         raise UserError(f"{name}#{row}: {what}; set text_key")
 
@@ -491,7 +493,7 @@ def _cut_file(document: Document, split: Split, fraction: float) -> Iterator[Doc
         cut = round(len(text) * (1 - fraction))
         line = text.find("\n", cut)
         # A last line longer than the held-out share would leave nothing: cut inside it.
-        cut = line + 1 if 0 <= line < len(text) - 1 else cut
+        cut = line + 1 if cut and 0 <= line < len(text) - 1 else cut
     part = text[:cut] if split == "train" else text[cut:]
     if part.strip():
         yield Document(part, document.name)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,15 +26,17 @@ import numpy as np
 from nemo_lite.config import SourceConfig, UserError
 from nemo_lite.data.mixture import content
 from nemo_lite.data.shards import MANIFEST_FORMAT, ShardWriter, dtype_for, read_manifest, total
-from nemo_lite.data.sources import Part, ReadStats, batches, cut, encode, text_hash
+from nemo_lite.data.sources import Document, Part, ReadStats, batches, cut, encode, text_hash
 from nemo_lite.data.tokenizer import Tokenizer, load_tokenizer
 from nemo_lite.train.metrics import write_atomically
 
 Job = tuple[str, SourceConfig, Part]  # name of the shard, what it is of
+SAMPLES, SAMPLE = 32, 1 << 16  # blocks of a file that it is known again by, and bytes of each
 
 # ------------------------------------------------------------------------------------------------- in a worker process
 
 _worker: dict[str, Any] = {}
+_PLACE = re.compile(r"(.*?)(?:[:#](\d+))?", re.DOTALL)  # of a document: file, and line or row
 
 
 def _begin(tokenizer: str, folder: str, append_eod: bool, done: Any, parent: Connection | None) -> None:
@@ -59,8 +62,17 @@ def _shard(job: Job) -> dict[str, Any]:
     rejected: list[dict[str, Any]] = []
     stats = ReadStats(reject=lambda file, line, why: rejected.append({"file": file, "line": line, "reason": why}))
     writer = ShardWriter(folder / name, dtype_for(tokenizer.vocab_size))
+
+    def with_text() -> Iterator[Document]:
+        for each in part.read(source, stats):
+            if each.text.strip():
+                yield each
+            else:
+                file, line = _PLACE.fullmatch(each.name).groups()  # type: ignore[union-attr]
+                rejected.append({"file": file, "line": line and int(line), "reason": "no text"})
+
     try:
-        for group in batches(each for each in part.read(source, stats) if each.text.strip()):
+        for group in batches(with_text()):
             tokens = 0
             for document, ids in zip(group, encode(group, tokenizer), strict=True):
                 if len(ids):
@@ -104,9 +116,11 @@ def tokenize(
     jobs: list[Job] = []
     for source in sources:
         jobs += [(f"shard_{len(jobs) + i:05}", source, part) for i, part in enumerate(cut(source, shard_bytes))]
+    files = {path: _known_by(path) for path in {path for _, _, part in jobs for path, _ in part.files}}
     plan = {
         "tokenizer": tokenizer.fingerprint, "eod": tokenizer.eod_id if append_eod else None,
-        "sources": [content(source) for source in sources], "parts": [_facts(part) for _, _, part in jobs],
+        "sources": [content(source) for source in sources],
+        "parts": [[[(name, *files[path]) for path, name in part.files], part.start, part.stop] for _, _, part in jobs],
     }  # fmt: skip
     identity = hashlib.blake2b(json.dumps(plan, sort_keys=True).encode(), digest_size=16).hexdigest()
     try:
@@ -117,13 +131,14 @@ def tokenize(
         raise UserError(f"{folder} cannot be written ({error.strerror or error})") from error
 
 
-def _facts(part: Part) -> list[Any]:
-    """What of a part decides its shard."""
-    files = []
-    for path, name in part.files:
-        status = path.stat()
-        files.append([name, status.st_size, status.st_mtime_ns])
-    return [files, part.start, part.stop]
+def _known_by(path: Path) -> tuple[int, str]:
+    """Size of a file and a digest of blocks from its start to its end (up to 2 MiB: of all); its time says nothing."""
+    size, digest = path.stat().st_size, hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        for start in sorted({max(0, size - SAMPLE) * i // (SAMPLES - 1) for i in range(SAMPLES)}):
+            file.seek(start)
+            digest.update(file.read(SAMPLE))
+    return size, digest.hexdigest()
 
 
 class _alone:
@@ -153,6 +168,12 @@ def _run(
         for path in folder.glob(begun):
             path.unlink(missing_ok=True)
     manifest = read_manifest(folder)
+    if manifest is not None and not manifest["documents"] and manifest["plan"] != identity:
+        for shard in manifest["shards"]:  # of a call that found no text, such as one with the wrong --text-key
+            for end in shard["files"]:
+                (folder / f"{shard['name']}.{end}").unlink(missing_ok=True)
+        (folder / "quarantine.jsonl").unlink(missing_ok=True)
+        manifest = None
     if manifest is None:
         if any(folder.glob("*.idx")):
             raise UserError(f"{folder} holds shards that this command did not make; choose another folder")
@@ -168,8 +189,9 @@ def _run(
         _write(folder / "manifest.json", manifest)
     elif manifest["plan"] != identity:
         raise UserError(
-            f"{folder} holds the shards of other sources, files or sizes, or of another tokenizer "
-            f"({manifest['tokenizer']['name']}); choose another folder, or remove it"
+            f"{folder} holds shards that this call would not make: of other sources or files, of files that have "
+            f"changed, of another --shard-mb or tokenizer ({manifest['tokenizer']['name']}), or with another --no-eod; "
+            "choose another folder, or remove it"
         )
     shards = {shard["name"]: shard for shard in manifest["shards"] if _there(folder, shard)}
     missing = [job for job in jobs if job[0] not in shards]

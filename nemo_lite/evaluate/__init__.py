@@ -145,7 +145,11 @@ def main(argv: list[str]) -> int:
         "--source", action="append", metavar="S", help="whose held-out part is read; may be repeated (default: stdlib)"
     )
     parser.add_argument(
-        "--validation-fraction", type=float, default=0.02, metavar="F", help="as in training (default: 0.02)"
+        "--validation-fraction",
+        type=float,
+        default=0.02,
+        metavar="F",
+        help="as in training; 1 reads all of a text that no training saw (default: 0.02)",
     )
     parser.add_argument("--seq-len", type=int, default=512, metavar="L", help="length of a row (default: 512)")
     parser.add_argument("--draft-tokens", type=int, metavar="K", help="drafts a step (default: the training depth)")
@@ -173,17 +177,20 @@ def main(argv: list[str]) -> int:
     from nemo_lite.evaluate import compare, harness, ruler
     from nemo_lite.evaluate.report import describe, write
     from nemo_lite.kernels import wanted
+    from nemo_lite.model.hf import load_config
     from nemo_lite.model.hybrid import HybridLM
     from nemo_lite.train.metrics import plain
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    for folder in (args.model_dir, *([args.against] if args.against else [])):
+        load_config(folder)  # before the first one is measured
     names = args.source or ["stdlib"]
     for number, name in enumerate(names):
         if name in names[:number]:
             raise UserError(f"--source {name} is given twice")
-    if not 0 < args.validation_fraction < 1:
-        raise UserError(f"--validation-fraction must be above 0 and below 1, not {args.validation_fraction}")
+    if not 0 < args.validation_fraction <= 1:
+        raise UserError(f"--validation-fraction must be above 0 and at most 1, not {args.validation_fraction}")
     for flag, least in (("seq_len", 2), ("prompts", 0), ("max_tokens", 1), ("questions", 1)):
         if getattr(args, flag) < least:
             name = "--" + flag.replace("_", "-")

@@ -220,7 +220,9 @@ def load_config(model_dir: str | Path) -> ModelConfig:
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{model_dir} is no MODEL_DIR: it has no config.json") from None
+        run = (Path(model_dir) / "checkpoints").is_dir()
+        advice = f"; it is a RUN_DIR: nemo-lite export {model_dir} --to MODEL_DIR makes one" if run else ""
+        raise UserError(f"{model_dir} is no MODEL_DIR: it has no config.json{advice}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     config = config_from_hf(raw, str(path))

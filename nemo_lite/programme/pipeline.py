@@ -27,7 +27,7 @@ LAST_LINES = 15  # of a failed stage's log
 def command(stage: Stage, processes: int) -> list[str]:
     """The words that start a stage: its command, or training it, inside a Slurm job on all of its machines."""
     if not stage.trains:
-        words = shlex.split(str(stage.recipe.stage.command))
+        words = stage.words
         # The same interpreter, whatever is on the path.
         return [sys.executable, "-m", "nemo_lite", *words[1:]] if words[:1] == ["nemo-lite"] else words
     program = ["-m", "nemo_lite.train", str(stage.file)]
@@ -66,6 +66,8 @@ def slurm(folder: Path, stages: list[Stage], found: dict[str, Verdict], processe
         options = [f"--job-name={shlex.quote(f'{folder.name}-{stage.name}')}"]
         if stage.trains:
             options += [f"--nodes={stage.recipe.stage.nodes}", "--ntasks-per-node=1", f"--gpus-per-node={processes}"]
+        elif "cuda" in stage.words:
+            options += ["--gpus-per-node=1"]
         waits = ":".join(f"${due[name]}" for name in stage.after if name in due)
         options += ["--kill-on-invalid-dep=yes", f'--dependency="afterok:{waits}"'] if waits else []
         words = ["nemo-lite", "pipeline", str(folder), "--only", stage.name, "--nproc-per-node", str(processes)]
@@ -203,7 +205,7 @@ def table(stages: list[Stage], found: dict[str, Verdict], brief: bool = False) -
     for stage, row in zip(stages, rows):
         one = found[stage.name]
         failed = one.record is not None and one.record.status in ("failed", "running", "stopped") and one.due
-        style = STYLES["failed" if failed and one.state == "resume" else one.state]
+        style = STYLES["failed" if failed and one.state != "wait" else one.state]
         seconds = one.record.seconds if one.record else 0
         made.add_row(
             Text(drawn(row, width), style="blue"), Text(stage.name, style="bold" if stage.trains else ""),
@@ -243,6 +245,8 @@ def main(argv: list[str]) -> int:
     found = records.verdicts(stages)
     if args.slurm:
         print(slurm(args.folder, stages, found, args.nproc_per_node), end="")
+        if not any(one.due for one in found.values()):
+            print("everything is up to date: the script submits nothing", file=sys.stderr)
         return 0
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     console.print(table(stages, found))

@@ -129,7 +129,7 @@ class Verdict:
 
     done      its outputs are what it would make
     running   a process is at it
-    resume    it was broken off, and goes on
+    resume    it was broken off, and goes on with what it left
     run       it has never run, or something that it depends on changed
     wait      a stage before it has to run first
     """
@@ -162,8 +162,11 @@ def verdict(stage: Stage, before: dict[str, Verdict]) -> Verdict:
     if record.status != "done":
         ends = {"running": "died", "stopped": "was stopped", "failed": f"failed with exit code {record.code}"}
         how = ends[record.status]
-        return Verdict("run" if why else "resume", f"{how}; {why}" if why else how, record, inputs)
-    return Verdict("run" if (why := why or _changed_outputs(stage, record)) else "done", why, record, inputs)
+        goes_on = stage.goes_on and not why
+        return Verdict("resume" if goes_on else "run", f"{how}; {why}" if why else how, record, inputs)
+    if not why and (why := _changed_outputs(stage, record)) and _lost_its_end(stage):
+        return Verdict("resume", why, record, inputs)
+    return Verdict("run" if why else "done", why, record, inputs)
 
 
 def verdicts(stages: list[Stage]) -> dict[str, Verdict]:
@@ -201,6 +204,12 @@ def _changed_outputs(stage: Stage, record: Record) -> str:
         if path not in record.outputs or now["digest"] != record.outputs[path]["digest"]:
             return f"{path} is not what the stage wrote"
     return ""
+
+
+def _lost_its_end(stage: Stage) -> bool:
+    """Whether of a run the last checkpoint is gone, and an earlier one is left to go on from."""
+    kept = (stage.run_dir / "checkpoints").glob("step_*")
+    return stage.trains and not Path(stage.outputs[0]).exists() and any(path.is_dir() for path in kept)
 
 
 def _short(value: Any) -> str:

@@ -310,8 +310,8 @@ def _evaluation(page: Page) -> str:
         cards.append(
             f'<section class="card"><div class="head"><h2>Scores, {escape(name)}</h2><ul class="legend">{keys}</ul>'
             "</div>"
-            f'<ul class="bars">{rows}</ul><p class="caption">Long-range questions: how often the answer is likelier than '
-            f"{DISTRACTORS} wrong ones of its form, {percent(CHANCE)} by chance.</p></section>"
+            f'<ul class="bars">{rows}</ul><p class="caption">Long-range questions: how often the answer is likelier '
+            f"than {DISTRACTORS} wrong ones of its form, {percent(CHANCE)} by chance.</p></section>"
         )
     return "".join(cards)
 

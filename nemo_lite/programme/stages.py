@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import graphlib
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,16 @@ class Stage:
     @property
     def trains(self) -> bool:
         return self.recipe.stage.command is None
+
+    @property
+    def words(self) -> list[str]:
+        """Its command as the shell would split it; ValueError where a quote does not end."""
+        return shlex.split(self.recipe.stage.command or "")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether, broken off, it goes on with what it left. A command of somebody else's is thought to."""
+        return self.trains or self.words[:1] != ["nemo-lite"] or self.words[1:3] == ["data", "tokenize"]
 
     @property
     def run_dir(self) -> Path:
@@ -81,6 +92,10 @@ def load_programme(folder: Path) -> list[Stage]:
                 "stage.command out to train"
             )
         stages[path.stem] = Stage(path.stem, path, recipe)
+        try:
+            _ = stages[path.stem].words
+        except ValueError as error:
+            raise RecipeError(f"{path}: stage.command: {str(error).lower()}: {recipe.stage.command}") from None
     if not stages:
         raise UserError(f"{folder} holds no stage: no .yaml file in it has a section `stage`")
     for stage in stages.values():

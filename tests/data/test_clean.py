@@ -159,6 +159,11 @@ def test_decontamination(tmp_path):
         ("in.jsonl:4", "in an evaluation set: 9 words in a row of eval.jsonl:1"),
         ("in.jsonl:7", "in an evaluation set: 13 words in a row of eval.txt"),
     ]
+    # Of two that are nearly alike the one without evaluation text stays.
+    changed = texts[0].split()
+    changed[56] = "another"
+    kept, dropped, _ = run(tmp_path, [texts[0], " ".join(changed)], against=against, near=0.5)
+    assert kept == [" ".join(changed)] and dropped[0][1] == "against"
     (tmp_path / "eval.txt").write_text("only four words here")
     with pytest.raises(UserError, match="no text in it has 8 words or more"):
         run(tmp_path, texts, against=against[1:], skip=("near",))
@@ -179,6 +184,11 @@ def test_nothing_is_lost(tmp_path):
         clean([SourceConfig(source=str(source))], out, skip=("near",))
     with pytest.raises(UserError, match="no such file"):
         clean([SourceConfig(source=str(tmp_path / "none"))], tmp_path / "other.jsonl", skip=("near",))
+    with pytest.raises(UserError, match=r"end its name with \.jsonl"):
+        clean([SourceConfig(source=str(source))], tmp_path / "other.txt", skip=("near",))
+    assert out.read_bytes() == before
+    out.unlink()  # as who wants it again does: the list of what was dropped is nobody's work
+    clean([SourceConfig(source=str(source))], out, skip=("near",), say=lambda _: None)
     assert out.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.dropped.jsonl", "out.jsonl"]
 

@@ -67,6 +67,7 @@ def corpus(tmp_path) -> list[SourceConfig]:
     (folder / "latin.py").write_bytes(b"\xe9\xff")
     lines = [json.dumps({"text": f"line {i} é " * (1 + i % 4)}) for i in range(200)]
     lines[7], lines[80], lines[199], lines[150] = "{no json", json.dumps({"body": "x"}), '["list"]', ""
+    lines[120] = json.dumps({"text": " \n"})
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
     import gzip
 
@@ -138,9 +139,15 @@ def test_tokenize(corpus, tmp_path):
     assert manifest["tokenizer"]["fingerprint"] == BYTES.fingerprint and manifest["dtype"] == "uint16"
     bad = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
     assert [(each["file"], each["line"]) for each in bad] == [
-        ("latin.py", None), ("a.jsonl", 8), ("a.jsonl", 81), ("a.jsonl", 200), ("b.jsonl.gz", 8)
+        ("latin.py", None), ("a.jsonl", 8), ("a.jsonl", 81), ("a.jsonl", 121), ("a.jsonl", 200),
+        ("b.jsonl.gz", 8),
     ]  # fmt: skip
-    assert manifest["rejected"] == 5 and "not JSON" in bad[1]["reason"] and "no key `text`" in bad[2]["reason"]
+    assert (
+        manifest["rejected"] == 6
+        and bad[3]["reason"] == "no text"
+        and "not JSON" in bad[1]["reason"]
+        and "no key `text`" in bad[2]["reason"]
+    )
     for shard in manifest["shards"]:
         for end, facts in shard["files"].items():
             path = tmp_path / "out" / f"{shard['name']}.{end}"
@@ -169,6 +176,28 @@ def test_goes_on_with_what_is_missing(corpus, tmp_path):
     after = {path: path.stat().st_mtime_ns for path in folder.glob("shard_*")}
     redone = {path.stem for path in after if after[path] != before[path]}
     assert redone == {"shard_00002", "shard_00004"}
+    # The same text is the same, whenever it was written; one of the same size is not.
+    text = Path(corpus[1].source)
+    os.utime(text, (0, 0))
+    assert run(corpus, folder)[0] == manifest
+    text.write_text(text.read_text().replace("line 3 ", "line 4 "))
+    with pytest.raises(UserError, match="of files that have changed"):
+        run(corpus, folder)
+
+
+def test_a_call_that_made_nothing_is_in_nobodys_way(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "some text"}\n')
+    with pytest.raises(UserError, match="there is no document with text"):
+        run([SourceConfig(source=str(tmp_path / "a.jsonl"))], tmp_path / "out", shard_bytes=1 << 20)
+    manifest, _ = run([SourceConfig(source=str(tmp_path / "a.jsonl"), text_key="body")], tmp_path / "out")
+    assert manifest["documents"] == 1 and manifest["rejected"] == 0
+    assert not (tmp_path / "out" / "quarantine.jsonl").exists()
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pytest.importorskip("pyarrow").table({"body": ["some text"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="no column `text`"):
+        run([SourceConfig(source=str(tmp_path / "a.parquet"))], tmp_path / "rows")
+    manifest, _ = run([SourceConfig(source=str(tmp_path / "a.parquet"), text_key="body")], tmp_path / "rows")
+    assert manifest["documents"] == 1
 
 
 def test_killed_half_way(corpus, tmp_path):
@@ -188,7 +217,7 @@ def test_killed_half_way(corpus, tmp_path):
     assert psutil.wait_procs(workers, timeout=20)[1] == []
     found = read_manifest(tmp_path / "out")
     assert found is not None and not found["complete"] and len(found["shards"]) < found["parts"]
-    with pytest.raises(UserError, match=r"\d+ of \d+ shards are made; the same `nemo-lite data tokenize` makes"):
+    with pytest.raises(UserError, match=r"\d+ of \d+ shards are made; the same `nemo-lite data tokenize` goes on"):
         opened(tmp_path / "out", tmp_path)
     source = [SourceConfig(source=str(tmp_path / "long.jsonl"))]
     run(source, tmp_path / "out", shard_bytes=100_000)
@@ -227,9 +256,9 @@ def test_command(corpus, tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(["data", "tokenize", *(s.source for s in corpus), "--tokenizer", "bytes", "--to", str(out)]) == 0
     shown = capsys.readouterr()
-    assert "tokens/s" in shown.err and f"5 bad documents left out, listed in {out / 'quarantine.jsonl'}" in shown.out
+    assert "tokens/s" in shown.err and f"6 bad documents left out, listed in {out / 'quarantine.jsonl'}" in shown.out
     assert cli.main(["data", "tokenize", corpus[0].source, "--tokenizer", "bytes", "--to", str(out)]) == 1
-    assert "holds the shards of other sources" in capsys.readouterr().err
+    assert "holds shards that this call would not make: of other sources" in capsys.readouterr().err
     other = tmp_path / "no_eod"
     arguments = ["data", "tokenize", corpus[0].source, "--tokenizer", "bytes", "--to", str(other), "--no-eod", "--json"]
     assert cli.main(arguments) == 0

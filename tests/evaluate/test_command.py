@@ -117,7 +117,7 @@ def test_without_mtp_experts_questions_or_long_documents(capsys, tmp_path):
         (["--ruler", "16"], "no task is as short"),
         (["--source", "stdlib", "--source", "stdlib"], "--source stdlib is given twice"),
         (["--source", "/nothing/here"], "there is no such file or folder"),
-        (["--validation-fraction", "1"], "--validation-fraction must be above 0 and below 1"),
+        (["--validation-fraction", "1.5"], "--validation-fraction must be above 0 and at most 1"),
         (["--questions", "0"], "--questions must be 1 or more"),
         (["--against", "/nothing/here"], "/nothing/here"),
         (["--harness", "x.yaml"], "x.yaml"),
