@@ -3,8 +3,8 @@
     python benchmarks/data.py        # ten minutes; benchmarks/results/data.json, shown in docs/results.md
 
 The text is the Python standard library's, its tokens those of a byte-level BPE of 4,096 ids trained on it. Each
-measurement is a process of its own. The shards hold 100 M tokens: the documents again and again in shuffled orders. What
-is made into shards is four times the text, so that the start of worker processes is a small part.
+measurement is a process of its own. The shards hold 100 M tokens: the documents again and again in shuffled orders. To
+measure the making of shards the text is taken four times, so that starting processes is a small part.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ own keys replace the base's one by one, a list replaces the whole list. A base h
 `recipes/x.yaml:3: model.hiden_size: no such key; did you mean hidden_size?`
 
 **Starting from a model.** With `init_from: MODEL_DIR` the architecture is the directory's. Of `model` only
-`mtp.depth`, `mtp.loss_weight`, `router_aux_loss_coef`, `router_bias_update_rate` and `max_position_embeddings` can be set
-beside it.
+`mtp.depth`, `mtp.loss_weight`, `router_aux_loss_coef`, `router_bias_update_rate` and `max_position_embeddings` can be
+set beside it.
 
 RUN_DIR keeps the resolved recipe as `recipe.yaml`; it is a recipe like any other.
 """
