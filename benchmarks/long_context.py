@@ -225,12 +225,13 @@ def draw(found: dict[str, Any]) -> str:
     x, _ = place(TRAINED, low)
     parts.append(f'<path d="M{x:.1f} {top}V{height - bottom}" stroke="#888" stroke-dasharray="4 4"/>')
     parts.append(text((left + width - right) / 2, height - 12, "tokens read", anchor="middle"))
-    names, at = sorted(LABELS, key=lambda arm: found["cumulative"][arm][-1], reverse=True), top - 17.0
+    names, at = sorted(LABELS, key=lambda arm: found["cumulative"][arm][-1], reverse=True), 0.0
     for arm in names:
         colour, line = COLOURS[list(LABELS).index(arm)], found["cumulative"][arm]
         points = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in zip(ends, line))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
-        at = max(place(ends[-1], line[-1])[1], at + 34)
+        wide = 'stroke-width="5" stroke-opacity=".4"' if arm == "control" else 'stroke-width="1.8"'  # seen beneath
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" {wide}/>')
+        at = max(place(ends[-1], line[-1])[1], at + 17)
         parts.append(text(width - right + 12, at, f"{line[-1]:.3f}", fill=colour))
         parts.append(text(width - right + 52, at, LABELS[arm], 11, fill=colour))
     return svg(width, height, "Loss by position after a long stage", parts)

@@ -213,6 +213,7 @@ def test_a_signal_stops_the_stage_and_a_death_is_seen(chain):
     [
         ("nemo-lite data clean text --to out/x", "run"),
         ("nemo-lite data tokenize text --to out/x", "resume"),
+        ("nemo-lite train none.yaml", "resume"),
         ("python make.py", "resume"),
     ],
 )

@@ -40,7 +40,9 @@ class Stage:
     @property
     def goes_on(self) -> bool:
         """Whether, broken off, it goes on with what it left. A command of somebody else's is thought to."""
-        return self.trains or self.words[:1] != ["nemo-lite"] or self.words[1:3] == ["data", "tokenize"]
+        if self.trains or self.words[:1] != ["nemo-lite"]:
+            return True
+        return self.words[1:2] in (["train"], ["pipeline"]) or self.words[1:3] == ["data", "tokenize"]
 
     @property
     def run_dir(self) -> Path:
