@@ -14,9 +14,7 @@ docs/results.md shows it.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +104,7 @@ def summary(arms: list[str], seeds: list[int]) -> dict[str, Any]:
         {"arm": arm, "over": over} | relative(found[arm]["val_loss"], found[over]["val_loss"])
         for arm, over in PAIRS if arm in found and over in found
     ]  # fmt: skip
-    tokens = STUDY.loaded(arms[0], seeds[0]).tokens_per_step * STUDY.steps
+    tokens = STUDY.tokens(arms[0], seeds[0])
     return {"steps": STUDY.steps, "tokens": tokens, "window": WINDOW, "arms": found, "differences": differences}
 
 
@@ -119,14 +117,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument(
-        "--at-once", type=int, default=os.cpu_count() or 1, metavar="N", help="runs at a time, one thread each"
-    )
-    parser.add_argument("--draw", action="store_true", help="train nothing")
-    args = parser.parse_args()
+    args = STUDY.arguments(__doc__, SEEDS).parse_args()
     if not args.draw:
         make_tokenizer(STUDY.folder / "tokenizer")
         STUDY.run(args.arms, args.seeds, args.at_once)

@@ -6,6 +6,7 @@ Arms of one seed read the same data in the same order from the same initial weig
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import math
@@ -66,6 +67,21 @@ class Study:
     def seconds(self, arm: str, seed: int) -> float:
         """Of training, pauses left out."""
         return self.records(arm, seed)[-1]["elapsed_seconds"]
+
+    def tokens(self, arm: str, seed: int) -> int:
+        """Read by a run so far."""
+        return max(r.get("tokens", 0) for r in self.records(arm, seed))
+
+    def arguments(self, description: str | None, seeds: Sequence[int]) -> argparse.ArgumentParser:
+        """The command line of a script that runs its arms."""
+        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--arms", nargs="+", choices=list(self.arms), default=list(self.arms))
+        parser.add_argument("--seeds", nargs="+", type=int, default=list(seeds))
+        parser.add_argument(
+            "--at-once", type=int, default=os.cpu_count() or 1, metavar="N", help="runs at a time, one thread each"
+        )
+        parser.add_argument("--draw", action="store_true", help="train nothing")
+        return parser
 
     def loaded(self, arm: str, seed: int):
         """The recipe of a run."""

@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from arms import COLOURS, Study, command, make_tokenizer, relative, svg, text
@@ -166,10 +167,10 @@ def stage() -> dict[str, Any] | None:
         by_seed = []
         for seed in seeds:
             rows = read(study, arm, seed)
-            by_seed.append([math.fsum(column) / len(rows) for column in zip(*rows)])  # the mean over documents
-        bins[arm] = [[_mean(each[a:b]) for a, b in itertools.pairwise(EDGES)] for each in by_seed]
-        curves[arm] = [_mean([_mean(each[:b]) for each in by_seed]) for b in EDGES[1:]]
-        ends[arm] = [_mean(each[END]) for each in by_seed]
+            by_seed.append([fmean(column) for column in zip(*rows)])  # the mean over documents
+        bins[arm] = [[fmean(each[a:b]) for a, b in itertools.pairwise(EDGES)] for each in by_seed]
+        curves[arm] = [fmean([fmean(each[:b]) for each in by_seed]) for b in EDGES[1:]]
+        ends[arm] = [fmean(each[END]) for each in by_seed]
     differences = {f"long over {other}": relative(ends["long"], ends[other]) for other in ("control", "short")}
     by_bin = [relative(*zip(*pairs)) for pairs in (
         [(long[i], control[i]) for long, control in zip(bins["long"], bins["control"])] for i in range(len(EDGES) - 1)
@@ -177,24 +178,17 @@ def stage() -> dict[str, Any] | None:
     steps = STAGES.steps
     return {
         "command": "python benchmarks/long_context.py stage", "machine": machine(), "seeds": seeds,
-        "documents": len(rows), "steps": steps, "tokens": steps * LENGTH, "started_from_tokens": _tokens(seeds[0]),
+        "documents": len(rows), "steps": steps, "tokens": steps * LENGTH,
+        "started_from_tokens": START.tokens("short", seeds[0]),
         "edges": EDGES, "loss": bins, "cumulative": curves, "at_the_end": ends, "differences": differences,
         "by_bin": by_bin,
         "minutes": sum(study.seconds(arm, seed) for arm, study in arms.items() for seed in seeds) / 60,
     }  # fmt: skip
 
 
-def _tokens(seed: int) -> int:
-    return max(r.get("tokens", 0) for r in START.records("short", seed))
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
-
-
 def show(found: dict[str, Any]) -> None:
     for arm, label in LABELS.items():
-        print(f"{label:<46}", " ".join(f"{_mean(column):.3f}" for column in zip(*found["loss"][arm])),
+        print(f"{label:<46}", " ".join(f"{fmean(column):.3f}" for column in zip(*found["loss"][arm])),
               " end", " ".join(f"{loss:.4f}" for loss in found["at_the_end"][arm]))  # fmt: skip
     for name, one in found["differences"].items():
         print(f"{name}: {one['mean']:+.2%} +- {one['half_width']:.2%}")

@@ -12,10 +12,8 @@ benchmarks/results/precision.json and docs/images/precision.svg; docs/results.md
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -65,11 +63,7 @@ def summary(arms: list[str], seeds: list[int]) -> dict[str, Any]:
             "seconds": [STUDY.seconds(arm, seed) for seed in STUDY.seeds_of(arm, seeds)],
             "tokens_per_second": [_speed(arm, seed) for seed in seeds], "flushed": _flushed(arm, seeds[0]),
         }  # fmt: skip
-    return {"steps": last, "tokens": _tokens(arms[0], seeds[0]), "arms": found}
-
-
-def _tokens(arm: str, seed: int) -> int:
-    return max(r.get("tokens", 0) for r in STUDY.records(arm, seed))
+    return {"steps": last, "tokens": STUDY.tokens(arms[0], seeds[0]), "arms": found}
 
 
 def _speed(arm: str, seed: int) -> float:
@@ -214,13 +208,7 @@ class _Batch:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument(
-        "--at-once", type=int, default=os.cpu_count() or 1, metavar="N", help="runs at a time, one thread each"
-    )
-    parser.add_argument("--draw", action="store_true", help="train nothing")
+    parser = STUDY.arguments(__doc__, SEEDS)
     parser.add_argument("--cost", action="store_true", help="only the time and memory of a step")
     args = parser.parse_args()
     known = json.loads(RESULT.read_text()) if RESULT.exists() else {}

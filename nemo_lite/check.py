@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 from typing import Any
 
 from nemo_lite.config import ModelConfig, Recipe, RecipeError, UserError, check_world_size, load_recipe, recipe_to_yaml
@@ -286,10 +285,11 @@ _SENT = {
 
 
 def _show(recipe: Recipe, world_size: int) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    from nemo_lite.train import metrics
+
+    console = metrics.console()
     counts = parameter_counts(recipe.model)
     flops = flops_per_token(recipe.model, recipe.data.seq_len)
     memory = memory_per_rank(recipe, world_size)

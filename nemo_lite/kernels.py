@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -113,11 +112,11 @@ def _target(path: str) -> tuple[ModelConfig, torch.dtype, bool, dict[str, str], 
 
 
 def _show(target: str | None, device: str, asked: dict[str, str]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    terminal = sys.stdout.isatty()
-    console = Console(highlight=False, width=None if terminal else 200)
+    from nemo_lite.train import metrics
+
+    console = metrics.console()
 
     def table(title: str, *columns: str) -> Table:
         console.print(title, style="bold")

@@ -24,7 +24,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
@@ -634,10 +633,11 @@ def facts(found: list[Estimate], limit: float) -> list[dict[str, Any]]:
 
 
 def _show(found: list[Estimate], title: str, limit: float) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    from nemo_lite.train import metrics
+
+    console = metrics.console()
 
     def table(*columns: str) -> Table:
         made = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +74,11 @@ def grouped(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _show(model_dir: Path, lines: list[dict[str, Any]], every: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    terminal = sys.stdout.isatty()
-    console = Console(highlight=False, width=None if terminal else 200)
+    from nemo_lite.train import metrics
+
+    console = metrics.console()
     rows = [{**line, "count": 1} for line in lines] if every else grouped(lines)
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for i, column in enumerate(("tensors", "", "shape", "format", "bits", "MB", "largest", "zeros", "above 6 rms")):

@@ -27,9 +27,8 @@ LAST_LINES = 15  # of a failed stage's log
 def command(stage: Stage, processes: int) -> list[str]:
     """The words that start a stage: its command, or training it, inside a Slurm job on all of its machines."""
     if not stage.trains:
-        words = stage.words
         # The same interpreter, whatever is on the path.
-        return [sys.executable, "-m", "nemo_lite", *words[1:]] if words[:1] == ["nemo-lite"] else words
+        return [sys.executable, "-m", "nemo_lite", *stage.words[1:]] if stage.ours else stage.words
     program = ["-m", "nemo_lite.train", str(stage.file)]
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     nodes = os.environ.get("SLURM_NNODES", "1")

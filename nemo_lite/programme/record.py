@@ -60,8 +60,7 @@ def content(path: str, known: dict[str, str] | None = None) -> dict[str, str] | 
 
 def version(stage: Stage) -> str:
     """What else the outputs depend on: the release of nemo_lite, for its own commands."""
-    ours = stage.trains or str(stage.recipe.stage.command).startswith("nemo-lite ")
-    return __version__ if ours else ""
+    return __version__ if stage.ours else ""
 
 
 def recipe_keys(stage: Stage) -> dict[str, Any]:
@@ -208,8 +207,8 @@ def _changed_outputs(stage: Stage, record: Record) -> str:
 
 def _lost_its_end(stage: Stage) -> bool:
     """Whether of a run the last checkpoint is gone, and an earlier one is left to go on from."""
-    kept = (stage.run_dir / "checkpoints").glob("step_*")
-    return stage.trains and not Path(stage.outputs[0]).exists() and any(path.is_dir() for path in kept)
+    kept = (stage.run_dir / "checkpoints").glob("step_*/manifest.json")
+    return stage.trains and not Path(stage.outputs[0]).exists() and any(kept)
 
 
 def _short(value: Any) -> str:

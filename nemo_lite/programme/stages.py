@@ -38,9 +38,14 @@ class Stage:
         return shlex.split(self.recipe.stage.command or "")
 
     @property
+    def ours(self) -> bool:
+        """Whether nemo_lite does its work."""
+        return self.trains or self.words[:1] == ["nemo-lite"]
+
+    @property
     def goes_on(self) -> bool:
         """Whether, broken off, it goes on with what it left. A command of somebody else's is thought to."""
-        if self.trains or self.words[:1] != ["nemo-lite"]:
+        if self.trains or not self.ours:
             return True
         return self.words[1:2] in (["train"], ["pipeline"]) or self.words[1:3] == ["data", "tokenize"]
 

@@ -186,6 +186,13 @@ def load_summary(counts: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- console
 
 
+def console() -> Any:
+    """Standard output for rich's tables; in a pipe a line is long rather than broken."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
 def compact(number: float) -> str:
     """A count in about four characters: ``611``, ``12.3k``, ``4.56M``, ``121B``."""
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
